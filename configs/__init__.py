@@ -1,0 +1,1 @@
+"""Plans, models and runs as plain Python values."""

@@ -1,0 +1,63 @@
+"""Named plans for a model of any depth; each line says why its numbers are what they are.
+
+Every plan listed here is held to the laws of tests/test_plan_laws.py and shows up in ``dyninf plans``.
+"""
+
+from dyninf.depth import (
+    Confidence,
+    DecayingThreshold,
+    DepthDecay,
+    ExitAt,
+    Patience,
+    Saturation,
+    SkipLayers,
+    UnifiedSkip,
+    after_layer,
+    every,
+    first_of,
+)
+from dyninf.plan import Plan
+
+
+def plans(num_layers: int) -> dict[str, Plan]:
+    """Return the named plans for a model of ``num_layers`` layers (at least 4).
+
+    Raises:
+        ValueError: if the model is too shallow for them.
+    """
+    if num_layers < 4:
+        raise ValueError(f"expected a model of at least 4 layers for the named plans, got {num_layers}; build a Plan")
+    half, quarter = num_layers // 2, num_layers // 4
+    # Asking costs about as much as a layer or two, so exits are considered at every eighth of the depth only.
+    stride = max(1, num_layers // 8)
+    confidence = Confidence(threshold=0.9)
+    return {
+        # The identity: every layer, exact.
+        "dense": Plan(),
+        # Half the layers: the depth LayerSkip-trained models are asked to be usable at.
+        "exit_half": Plan(depth=ExitAt(layer=half)),
+        # The middle quarter changes the state least in most models (ShortGPT); the prompt still runs it.
+        "skip_middle": Plan(depth=SkipLayers(layers=tuple(range(half - quarter // 2, half + quarter // 2)), prompt=False)),
+        # The mildest target of the paper.
+        "unified_skip": Plan(depth=UnifiedSkip(speedup=2.0)),
+        # Reaches three quarters of the depth after about 30 tokens; never fewer than half.
+        "decay_power": Plan(depth=DepthDecay(kind="power", alpha=0.99, min_layers=half, flex_start=quarter)),
+        # Half of the layers after 256 tokens, SkipDecode's 2x target.
+        "decay_linear": Plan(depth=DepthDecay(kind="linear", length=256.0, min_layers=half, flex_start=quarter)),
+        # 0.9 keeps at least 97 % of the shipped model's accuracy (see its card).
+        "exit_confidence": Plan(depth=every(confidence, step=stride)),
+        # The same exits, hiding the keys of layers that did not run instead of projecting them.
+        "exit_confidence_masked": Plan(depth=every(confidence, step=stride), fill="mask"),
+        # CALM's softmax response.
+        "exit_margin": Plan(depth=every(Confidence(threshold=0.8, measure="margin"), step=stride)),
+        # One nat of 8.3 (vocabulary 4096) is 0.88.
+        "exit_entropy": Plan(depth=every(Confidence(threshold=0.88, measure="entropy"), step=stride)),
+        # Needs no readout; only the upper half is saturated enough to be asked.
+        "exit_saturation": Plan(depth=after_layer(Saturation(threshold=0.98), layer=half)),
+        # Two unchanged predictions in a row, an eighth of the depth apart.
+        "exit_patience": Plan(depth=every(Patience(patience=2), step=stride)),
+        # CALM's schedule: strict at the start of a text, 10 % looser in the end.
+        "exit_calm": Plan(depth=every(DecayingThreshold(policy=confidence, temperature=4.0, length=128.0), step=stride)),
+        # Sure at once, or unchanged for three decisions.
+        "exit_first_of": Plan(depth=every(first_of(confidence, Patience(patience=3)), step=stride)),
+    }

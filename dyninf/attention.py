@@ -1,0 +1,77 @@
+"""Build the ``attend`` functions that layers call; the only caller of the kernels.
+
+Each builder returns a function of one layer's cache and of the tokens that run this layer; it returns the ``Attend``
+that the layer is handed. What is written and what may be read is decided here, so that a layer and a depth policy
+know nothing of caches.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dyninf.cache import LayerCache, write, write_prompt
+from dyninf.model import Attend
+from pallas_kernels import decode_attention, prefill_attention
+
+LayerAttend = Callable[[LayerCache | None, jax.Array], Attend]
+
+
+def attend_prompt(lengths_B: jax.Array) -> LayerAttend:
+    """Attend among the T tokens of a prompt and store their keys and values in an empty cache."""
+
+    def for_layer(cache: LayerCache | None, active_BT: jax.Array) -> Attend:
+        def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
+            o_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, window=window)
+            return o_BTNH, write_prompt(cache, k_BTKH, v_BTKH, active_BT)
+
+        return attend
+
+    return for_layer
+
+
+def attend_cached(positions_BT: jax.Array, live_BT: jax.Array, *, write_inactive: bool) -> LayerAttend:
+    """Attend from new tokens over the cache, to which their keys and values are added.
+
+    Args:
+        positions_BT: position of each new token.
+        live_BT: tokens that exist; others write nothing and their output is meaningless.
+        write_inactive: whether tokens that do not run this layer still write their keys and values.
+    """
+
+    def for_layer(cache: LayerCache, active_BT: jax.Array) -> Attend:
+        written_BT = live_BT if write_inactive else live_BT & active_BT
+
+        def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
+            updated = write(cache, k_BTKH, v_BTKH, slots_of(cache, positions_BT, written_BT))
+            o_BTNH = decode_attention(
+                q_BTNH, updated.k, updated.v, positions_BT, window=window, valid_BS=updated.valid
+            )
+            return o_BTNH, updated
+
+        return attend
+
+    return for_layer
+
+
+def attend_uncached(lengths_B: jax.Array, *, keep_inactive: bool) -> LayerAttend:
+    """Attend causally among all tokens without a cache (teacher forcing).
+
+    Args:
+        keep_inactive: whether keys of tokens that do not run this layer may be attended.
+    """
+
+    def for_layer(cache: None, active_BT: jax.Array) -> Attend:
+        keep_BT = None if keep_inactive else active_BT
+
+        def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
+            return prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, window=window, keep_BT=keep_BT), None
+
+        return attend
+
+    return for_layer
+
+
+def slots_of(cache: LayerCache, positions_BT: jax.Array, written_BT: jax.Array) -> jax.Array:
+    """Return the slot of each token, the capacity (a dropped write) where nothing is to be written."""
+    return jnp.where(written_BT, positions_BT, cache.k.shape[1])

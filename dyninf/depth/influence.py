@@ -1,0 +1,41 @@
+"""Rank layers by how much they change the state, to choose which ones to skip."""
+
+import jax
+import jax.numpy as jnp
+
+from dyninf.depth.static import SkipLayers
+from dyninf.forward import layer_states
+from dyninf.model import CausalLM
+
+
+def block_influence(model: CausalLM, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """Return the influence of each layer on a calibration text, float32 ``[L]``; low means safe to skip.
+
+    ``BI_l = 1 - mean cosine(state into layer l, state out of it)`` over all tokens. One dense pass.
+
+    Source: ShortGPT (Men et al. 2024), equation 1.
+
+    Args:
+        tokens: calibration text, ``int32 [B, T]``, right-padded.
+        lengths: tokens of each sequence ``[B]``; ``None`` for T.
+    """
+    states = layer_states(model, tokens, lengths).astype(jnp.float32)
+    before, after = states[:-1], states[1:]
+    norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
+    cosine_LBT = jnp.sum(before * after, axis=-1) / jnp.maximum(norms, 1e-30)
+    length = tokens.shape[1]
+    live_BT = jnp.ones(tokens.shape, bool) if lengths is None else jnp.arange(length)[None] < lengths[:, None]
+    return 1.0 - jnp.sum(jnp.where(live_BT[None], cosine_LBT, 0.0), axis=(1, 2)) / jnp.sum(live_BT)
+
+
+def least_influential(influence_L: jax.Array, num_skipped: int) -> SkipLayers:
+    """Return the schedule that skips the ``num_skipped`` layers of least influence.
+
+    Raises:
+        ValueError: if no layer would be left.
+    """
+    num_layers = len(influence_L)
+    if not 0 <= num_skipped < num_layers:
+        raise ValueError(f"expected to skip 0 to {num_layers - 1} of {num_layers} layers, got {num_skipped}")
+    order = jnp.argsort(jnp.asarray(influence_L))
+    return SkipLayers(layers=tuple(sorted(int(layer) for layer in order[:num_skipped])))

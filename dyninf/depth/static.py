@@ -1,0 +1,117 @@
+"""Static schedules: the layers that run are known before the program is compiled.
+
+They compile to the kept layers and nothing else. Every decoded token runs the same layers, so a skipped layer's cache
+is never read after the prompt and nothing has to be filled in.
+"""
+
+from dyninf.depth.base import DepthPolicy
+from dyninf.pytree import pytree
+
+
+@pytree(static=("layer",))
+class ExitAt(DepthPolicy):
+    """Run only the first ``layer`` layers, for prompt and generated tokens alike.
+
+    Exact when ``layer`` is the number of layers. Saves ``(L - layer) / L`` of all layer work and cache.
+
+    Source: the early-exit inference of LayerSkip (Elhoushi et al. 2024, section 4.2); useful on models trained for it.
+
+    Args:
+        layer: how many layers run (1 to L).
+    """
+
+    layer: int
+
+    skips = True
+    nested = True
+
+    def static_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return layers 0 to ``layer - 1``."""
+        return tuple(range(self.layer))
+
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return the same layers: what lies above is never read."""
+        return self.static_layers(num_layers)
+
+    def validate(self, num_layers: int) -> None:
+        """Raise ValueError unless the exit exists."""
+        if not 1 <= self.layer <= num_layers:
+            raise ValueError(f"expected an exit after 1 to {num_layers} layers of this model, got {self.layer}")
+
+
+@pytree(static=("layers", "prompt"))
+class SkipLayers(DepthPolicy):
+    """Never run the named layers.
+
+    Exact when ``layers`` is empty. :func:`dyninf.depth.block_influence` ranks layers by how little they change.
+
+    Source: layer removal as in ShortGPT (Men et al. 2024).
+
+    Args:
+        layers: indices of the layers to skip (0 to L-1).
+        prompt: also skip them in the prompt (a pruned model); ``False`` lets the prompt run every layer.
+    """
+
+    layers: tuple[int, ...]
+    prompt: bool = True
+
+    skips = True
+    nested = True
+
+    def static_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return the layers that are not named."""
+        return tuple(layer for layer in range(num_layers) if layer not in self.layers)
+
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return what the prompt runs."""
+        return self.static_layers(num_layers) if self.prompt else tuple(range(num_layers))
+
+    def validate(self, num_layers: int) -> None:
+        """Raise ValueError if a layer does not exist or none is left."""
+        _require_layers(self.layers, num_layers)
+        if not self.static_layers(num_layers):
+            raise ValueError(f"expected at least one layer left to run, got all {num_layers} skipped; skip fewer")
+
+
+@pytree(static=("speedup",))
+class UnifiedSkip(DepthPolicy):
+    """Skip evenly spaced middle layers so that about ``1 / speedup`` of them run; the prompt runs every layer.
+
+    The first and last layer always run; between them every ``interval``-th, until ``int(L / speedup)`` are kept.
+    Exact at ``speedup=1``. The choice ignores the input, so batches and caches work unchanged.
+
+    Source: Liu et al. 2024, "Accelerating Inference in LLMs with a Unified Layer Skipping Strategy". The released
+    rule divides by zero when one layer is to be kept and keeps two when ``L / speedup`` is 2; here at least two
+    layers are always kept.
+
+    Args:
+        speedup: target ratio of all layers to kept layers (1 to L/2).
+    """
+
+    speedup: float
+
+    skips = True
+    nested = True
+
+    def static_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return the kept layers, ascending."""
+        budget = max(2, int(num_layers / self.speedup))
+        if budget >= num_layers:
+            return tuple(range(num_layers))
+        interval = int(num_layers / (budget - 1))
+        middle = range(interval, num_layers - 1, interval)
+        return (0, *list(middle)[: budget - 2], num_layers - 1)
+
+    def validate(self, num_layers: int) -> None:
+        """Raise ValueError unless the target can be met."""
+        if num_layers < 2 or not 1 <= self.speedup <= num_layers / 2:
+            raise ValueError(
+                f"expected a target speedup between 1 and {num_layers / 2:g} for {num_layers} layers (two are always "
+                f"kept), got {self.speedup}"
+            )
+
+
+def _require_layers(layers: tuple[int, ...], num_layers: int) -> None:
+    missing = [layer for layer in layers if not 0 <= layer < num_layers]
+    if missing:
+        raise ValueError(f"expected layers between 0 and {num_layers - 1} of this model, got {missing}")

@@ -1,0 +1,87 @@
+"""Teacher forcing: the logits a plan would produce at every position of a given text, in one pass.
+
+Every token decides for itself as it would while decoding, and attends to keys of the states at which earlier tokens
+ended, so the result equals feeding the text through :func:`dyninf.decode_step` token by token.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dyninf.attention import attend_uncached
+from dyninf.depth_loop import Driver, LayerRun, run_layers, run_static
+from dyninf.model import CausalLM
+from dyninf.plan import Plan, check
+from dyninf.pytree import pytree
+
+
+@pytree()
+class Forward:
+    """Logits ``[B, T, V]``, final states ``[B, T, D]`` and layers needed ``[B, T]`` of a text under a plan."""
+
+    logits: jax.Array
+    states: jax.Array
+    needed: jax.Array
+
+
+def forward(
+    model: CausalLM,
+    tokens: jax.Array,
+    plan: Plan | None = None,
+    *,
+    lengths: jax.Array | None = None,
+    prompt_lengths: jax.Array | None = None,
+    driver: Driver = "masked",
+) -> Forward:
+    """Return what the plan predicts after every token of ``tokens``.
+
+    Costs every layer for every token, whatever the plan saves while decoding: this measures quality, not speed.
+
+    Args:
+        tokens: ``int32 [B, T]``, right-padded.
+        lengths: tokens of each sequence ``[B]``; ``None`` for T.
+        prompt_lengths: tokens of each sequence that count as prompt ``[B]`` and run what the plan's prefill runs;
+            ``None`` for 1, so that all but the first token are decoded under the plan.
+
+    Returns:
+        Entries at padding are meaningless.
+
+    Raises:
+        ValueError: if the plan does not fit the model.
+    """
+    plan = Plan() if plan is None else plan
+    check(plan, model)
+    batch, length = tokens.shape
+    lengths = jnp.full(batch, length) if lengths is None else lengths
+    prompt_lengths = jnp.ones(batch, jnp.int32) if prompt_lengths is None else prompt_lengths
+    positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    live_BT = positions_BT < lengths[:, None]
+    step_BT = positions_BT - prompt_lengths[:, None]
+    depth, num_layers = plan.depth, len(model.layers)
+    run = LayerRun(
+        positions_BT=positions_BT,
+        step_BT=jnp.maximum(step_BT, 0),
+        live_BT=live_BT,
+        governed_BT=live_BT & (step_BT >= 0),
+        attend=attend_uncached(lengths, keep_inactive=plan.fill == "propagate" or depth.nested),
+        unembed=model.unembed,
+        fill=plan.fill,
+    )
+    x_BTD, caches = model.embed(tokens), (None,) * num_layers
+    kept = depth.static_layers(num_layers)
+    if kept is not None and kept == depth.prefill_layers(num_layers):
+        out = run_static(model.layers, x_BTD, caches, run, kept, ())
+    else:
+        out = run_layers(model.layers, x_BTD, caches, run, depth, depth.init((batch, length)), driver=driver)
+    return Forward(logits=model.unembed(out.x_BTD), states=out.x_BTD, needed=out.needed_BT)
+
+
+def layer_states(model: CausalLM, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """Return the states that enter each layer, and the last layer's output, of the dense model: ``[L+1, B, T, D]``."""
+    batch, length = tokens.shape
+    lengths = jnp.full(batch, length) if lengths is None else lengths
+    positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    attend = attend_uncached(lengths, keep_inactive=True)(None, positions_BT < lengths[:, None])
+    states = [model.embed(tokens)]
+    for layer in model.layers:
+        states.append(layer(states[-1], positions_BT, attend)[0])
+    return jnp.stack(states)

@@ -1,0 +1,327 @@
+"""Generate text: prefill, decode_step, and the loops built from them.
+
+One :class:`DecodeState` drives everything: :func:`prefill` makes it, :func:`decode_step` advances it by one token,
+:func:`generate` loops over steps on the device in one program with the state donated, :func:`stream` loops on the
+host. Sequences of a batch may have prompts of different lengths; right-padded, each is computed as if it were alone.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dyninf.attention import attend_cached, attend_prompt
+from dyninf.cache import CacheSpec, KVCache, advance, init_cache
+from dyninf.depth_loop import Driver, LayerRun, default_driver, run_layers, run_static
+from dyninf.model import CausalLM, max_length, vocab_size
+from dyninf.plan import Plan, check
+from dyninf.pytree import pytree
+from dyninf.stats import StepStats
+
+PAD = -1
+
+
+@pytree()
+class DecodeState:
+    """All that one step hands to the next; its types never change.
+
+    Attributes:
+        token: last token of each sequence ``[B]``, not yet in the cache.
+        cache: keys and values of everything before it.
+        depth: state of the depth policy.
+        key: one random key per sequence ``[B]``.
+        done: sequences that hit a stop or filled their cache ``[B]``.
+        step: tokens sampled so far (a scalar; the first is sampled from the prompt).
+        stop: stop sequences ``[R, M]``, right-aligned, filled with -1 on the left.
+        recent: the last M tokens of each sequence ``[B, M]``.
+    """
+
+    token: jax.Array
+    cache: KVCache
+    depth: Any
+    key: jax.Array
+    done: jax.Array
+    step: jax.Array
+    stop: jax.Array
+    recent: jax.Array
+
+
+@pytree()
+class Generation:
+    """Generated tokens ``[B, max_new_tokens]`` (-1 after the end), their number per sequence ``[B]``, and statistics.
+
+    A stop token, or the tokens of a stop sequence, count among the generated ones; ``stopped [B]`` says which
+    sequences ended that way. ``stats`` has one entry per decode step; the first token comes from the prompt.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    stopped: jax.Array
+    stats: StepStats
+
+
+def prefill(
+    model: CausalLM,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    plan: Plan,
+    spec: CacheSpec,
+    key: jax.Array,
+    stop: jax.Array | None = None,
+) -> tuple[jax.Array, DecodeState]:
+    """Run the prompts, fill the cache and sample the first token.
+
+    Args:
+        tokens: ``int32 [B, T]``, right-padded with any valid id.
+        lengths: prompt lengths ``[B]`` (1 to T tokens).
+        spec: cache to allocate; capacity at least T.
+        key: one key, split over the batch, or one per sequence ``[B]``.
+        stop: stop sequences ``[R, M]`` as :func:`stop_matrix` makes them.
+
+    Returns:
+        The logits after each prompt ``[B, V]``, float32, and the state that holds the first sampled token.
+
+    Raises:
+        ValueError: if the cache is smaller than the prompts.
+    """
+    batch, length = tokens.shape
+    if spec.capacity < length:
+        raise ValueError(f"expected a cache of at least {length} slots for this prompt, got {spec.capacity}")
+    positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    live_BT = positions_BT < lengths[:, None]
+    cache = init_cache(model, batch, spec, track_valid=_tracks_valid(plan, len(model.layers)))
+    run = LayerRun(
+        positions_BT=positions_BT,
+        step_BT=jnp.zeros((batch, length), jnp.int32),
+        live_BT=live_BT,
+        governed_BT=jnp.zeros((batch, length), bool),
+        attend=attend_prompt(lengths),
+        unembed=model.unembed,
+        fill=plan.fill,
+    )
+    kept = plan.depth.prefill_layers(len(model.layers))
+    out = run_static(model.layers, model.embed(tokens), cache.layers, run, kept, ())
+    last_BTD = jnp.take_along_axis(out.x_BTD, (lengths - 1)[:, None, None], axis=1)
+    logits_BV = model.unembed(last_BTD)[:, 0]
+    stop = jnp.zeros((0, 1), jnp.int32) if stop is None else stop
+    state = DecodeState(
+        token=jnp.zeros(batch, jnp.int32),
+        cache=advance(cache, out.caches, lengths),
+        depth=plan.depth.init((batch, 1)),
+        key=key if key.ndim else jax.random.split(key, batch),
+        done=jnp.zeros(batch, bool),
+        step=jnp.int32(0),
+        stop=stop,
+        recent=jnp.full((batch, stop.shape[1]), PAD, jnp.int32),
+    )
+    return logits_BV, _sample(state, logits_BV, plan)
+
+
+def decode_step(
+    model: CausalLM, state: DecodeState, plan: Plan, *, driver: Driver | None = None
+) -> tuple[DecodeState, StepStats]:
+    """Put the last token into the cache and sample the next one.
+
+    Sequences that are done keep their token, write nothing and need no layers.
+
+    Args:
+        driver: how layers are run; ``None`` takes the plan's default (see :mod:`dyninf.depth_loop`).
+    """
+    num_layers = len(model.layers)
+    positions_BT = state.cache.length[:, None]
+    live_BT = ~state.done[:, None]
+    run = LayerRun(
+        positions_BT=positions_BT,
+        step_BT=jnp.broadcast_to(state.step - 1, positions_BT.shape),
+        live_BT=live_BT,
+        governed_BT=live_BT,
+        attend=attend_cached(positions_BT, live_BT, write_inactive=plan.fill == "propagate" or plan.depth.nested),
+        unembed=model.unembed,
+        fill=plan.fill,
+    )
+    out = run_layers(
+        model.layers,
+        model.embed(state.token[:, None]),
+        state.cache.layers,
+        run,
+        plan.depth,
+        state.depth,
+        driver=driver or default_driver(plan.depth, num_layers),
+    )
+    logits_BV = model.unembed(out.x_BTD)[:, 0]
+    live_B = live_BT[:, 0]
+    cache = advance(state.cache, out.caches, live_B.astype(jnp.int32))
+    stats = StepStats(
+        active=live_B, needed=out.needed_BT[:, 0], run=out.run, kv_live=cache.length, kv_read=cache.length
+    )
+    state = dataclasses.replace(state, cache=cache, depth=out.state)
+    return _sample(state, logits_BV, plan), stats
+
+
+def generate(
+    model: CausalLM,
+    tokens: Any,
+    plan: Plan | None = None,
+    *,
+    max_new_tokens: int,
+    key: jax.Array | None = None,
+    lengths: Any = None,
+    stop: Sequence[int | Sequence[int]] = (),
+    driver: Driver | None = None,
+) -> Generation:
+    """Generate up to ``max_new_tokens`` tokens per sequence under a plan.
+
+    The prompt is one program and the whole decode loop another; the loop ends when every sequence has stopped. The
+    same key gives the same tokens, and no sequence's tokens depend on its neighbours in the batch.
+
+    Args:
+        tokens: prompts, ``int [B, T]`` right-padded, or ``[T]`` for one.
+        plan: ``None`` is the dense model.
+        key: one key, or one per sequence ``[B]``; needed when the sampler draws.
+        lengths: prompt lengths ``[B]``; ``None`` when nothing is padded.
+        stop: token ids or sequences of ids that end a text.
+
+    Raises:
+        ValueError: if the plan does not fit the model, a prompt is empty or too long, or a token is not in the
+            vocabulary.
+    """
+    plan = Plan() if plan is None else plan
+    tokens, lengths = _check_prompts(model, tokens, lengths, max_new_tokens)
+    check(plan, model)
+    key = jax.random.key(0) if key is None else key
+    spec = CacheSpec(capacity=tokens.shape[1] + max_new_tokens)
+    _, state = _prefill(model, tokens, lengths, plan, spec, key, stop_matrix(stop))
+    generation, _ = _decode_loop(model, state, plan, max_new_tokens=max_new_tokens, driver=driver)
+    return generation
+
+
+def stream(
+    model: CausalLM,
+    tokens: Any,
+    plan: Plan | None = None,
+    *,
+    max_new_tokens: int,
+    key: jax.Array | None = None,
+    lengths: Any = None,
+    stop: Sequence[int | Sequence[int]] = (),
+    driver: Driver | None = None,
+) -> Iterator[tuple[np.ndarray, StepStats | None]]:
+    """Yield tokens as they are made: ``(tokens [B], stats)``, -1 for sequences that have ended.
+
+    Arguments and tokens are those of :func:`generate`; the statistics of the first token, which comes from the
+    prompt, are ``None``.
+    """
+    plan = Plan() if plan is None else plan
+    tokens, lengths = _check_prompts(model, tokens, lengths, max_new_tokens)
+    check(plan, model)
+    key = jax.random.key(0) if key is None else key
+    spec = CacheSpec(capacity=tokens.shape[1] + max_new_tokens)
+    return _stream(model, tokens, lengths, plan, spec, key, stop_matrix(stop), max_new_tokens, driver)
+
+
+def stop_matrix(stop: Sequence[int | Sequence[int]]) -> jax.Array:
+    """Return stop tokens and stop sequences as one right-aligned ``int32 [R, M]`` array filled with -1.
+
+    Raises:
+        ValueError: if a stop sequence is empty or holds a negative id.
+    """
+    rows = [[entry] if isinstance(entry, (int, np.integer)) else list(entry) for entry in stop]
+    if any(not row or min(row) < 0 for row in rows):
+        raise ValueError(f"expected stop tokens as ids >= 0 and stop sequences that are not empty, got {stop!r}")
+    width = max((len(row) for row in rows), default=1)
+    return jnp.asarray([[PAD] * (width - len(row)) + row for row in rows], jnp.int32).reshape(len(rows), width)
+
+
+def _sample(state: DecodeState, logits_BV: jax.Array, plan: Plan) -> DecodeState:
+    """Draw the next token of every sequence that is not done, and see whether it ends the text."""
+    key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.key, state.step)
+    token = jnp.where(state.done, state.token, plan.sampler(logits_BV, key_B))
+    recent = jnp.concatenate([state.recent[:, 1:], token[:, None]], axis=1)
+    hits_BR = jnp.all((state.stop[None] == recent[:, None]) | (state.stop[None] == PAD), axis=-1)
+    done = state.done | jnp.any(hits_BR, axis=-1) | (state.cache.length >= state.cache.capacity)
+    return dataclasses.replace(state, token=token, recent=recent, done=done, step=state.step + 1)
+
+
+@functools.partial(jax.jit, static_argnames=("spec",))
+def _prefill(model, tokens, lengths, plan, spec, key, stop):
+    return prefill(model, tokens, lengths, plan, spec, key, stop)
+
+
+@functools.partial(jax.jit, static_argnames=("driver",), donate_argnames=("state",))
+def _decode_step(model, state, plan, driver):
+    return decode_step(model, state, plan, driver=driver)
+
+
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "driver"), donate_argnames=("state",))
+def _decode_loop(model, state, plan, *, max_new_tokens, driver):
+    # The final state is returned although nobody needs it: without an output to alias, the cache could not be donated.
+    batch = state.token.shape[0]
+    _, shapes = jax.eval_shape(lambda m, s, p: decode_step(m, s, p, driver=driver), model, state, plan)
+    stats = jax.tree.map(lambda leaf: jnp.zeros((max_new_tokens - 1, *leaf.shape), leaf.dtype), shapes)
+    tokens = jnp.full((batch, max_new_tokens), PAD, jnp.int32).at[:, 0].set(state.token)
+
+    def unfinished(carry):
+        state, _, _ = carry
+        return (state.step < max_new_tokens) & ~jnp.all(state.done)
+
+    def body(carry):
+        state, tokens, stats = carry
+        before, index = state.done, state.step
+        state, new = decode_step(model, state, plan, driver=driver)
+        tokens = tokens.at[:, index].set(jnp.where(before, PAD, state.token))
+        return state, tokens, jax.tree.map(lambda all_, one: all_.at[index - 1].set(one), stats, new)
+
+    state, tokens, stats = jax.lax.while_loop(unfinished, body, (state, tokens, stats))
+    lengths = jnp.sum(tokens != PAD, axis=1)
+    return Generation(tokens=tokens, lengths=lengths, stopped=state.done, stats=stats), state
+
+
+def _stream(model, tokens, lengths, plan, spec, key, stop, max_new_tokens, driver):
+    _, state = _prefill(model, tokens, lengths, plan, spec, key, stop)
+    yield np.asarray(state.token), None
+    for _ in range(max_new_tokens - 1):
+        before = np.asarray(state.done)
+        if before.all():
+            return
+        state, stats = _decode_step(model, state, plan, driver)
+        yield np.where(before, PAD, np.asarray(state.token)), stats
+
+
+def _tracks_valid(plan: Plan, num_layers: int) -> bool:
+    return plan.fill == "mask" and not plan.depth.nested
+
+
+def _check_prompts(model, tokens, lengths, max_new_tokens):
+    """Return prompts as ``int32 [B, T]`` and lengths ``[B]`` after refusing what cannot run."""
+    tokens = np.asarray(tokens)
+    tokens = tokens[None] if tokens.ndim == 1 else tokens
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
+        raise ValueError(
+            f"expected prompts as integers [B, T] with at least one token each, got shape {tokens.shape} and dtype "
+            f"{tokens.dtype}"
+        )
+    batch, width = tokens.shape
+    lengths = np.full(batch, width) if lengths is None else np.asarray(lengths)
+    if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
+        raise ValueError(f"expected one integer length per prompt [{batch}], got {lengths.dtype} {lengths.shape}")
+    if lengths.min() < 1 or lengths.max() > width:
+        raise ValueError(f"expected prompt lengths between 1 and {width}, got {lengths.tolist()}; no prompt is empty")
+    real = np.arange(width)[None] < lengths[:, None]
+    vocab = vocab_size(model)
+    bad = tokens[real & ((tokens < 0) | (tokens >= vocab))]
+    if bad.size:
+        raise ValueError(f"expected token ids between 0 and {vocab - 1} of this model, got {sorted(set(bad.tolist()))}")
+    if max_new_tokens < 1:
+        raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
+    limit = max_length(model)
+    if limit is not None and lengths.max() + max_new_tokens > limit:
+        raise ValueError(
+            f"expected prompt and generated tokens to fit the model's context of {limit}, got {lengths.max()} + "
+            f"{max_new_tokens}; shorten the prompt or lower max_new_tokens"
+        )
+    tokens = np.where(real, tokens, 0)
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)

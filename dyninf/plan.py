@@ -1,0 +1,78 @@
+"""The Plan: everything dynamic about a run, in one frozen pytree.
+
+Every field has an identity element and ``Plan()`` is the exact dense model. Fields that decide shapes are static;
+thresholds and learned weights are leaves, so a sweep over them compiles once.
+"""
+
+import dataclasses
+from typing import Literal
+
+from dyninf.depth.base import DepthPolicy, RunAll
+from dyninf.kv.base import KeepAll, ReadAll
+from dyninf.model import CausalLM
+from dyninf.pytree import pytree
+from dyninf.sampling import Greedy, Sampler
+from dyninf.sparsity.base import Dense
+
+
+@pytree(static=("fill",))
+class Plan:
+    """How to run a model.
+
+    This version changes depth and sampling; the other fields accept their identity elements and mark where sparse
+    prefill, eviction, selection and self-speculation plug in.
+
+    Args:
+        sparsity: which blocks prefill attends.
+        evict: what the cache keeps.
+        select: what a decode step reads of it.
+        depth: which layers a token runs.
+        fill: keys and values of layers that did not run: ``propagate`` projects them from the token's last state,
+            ``mask`` leaves them empty and hidden.
+        draft: a cheap plan that proposes tokens for this one to verify.
+        sampler: how the next token is chosen.
+    """
+
+    sparsity: Dense = Dense()
+    evict: KeepAll = KeepAll()
+    select: ReadAll = ReadAll()
+    depth: DepthPolicy = RunAll()
+    fill: Literal["propagate", "mask"] = "propagate"
+    draft: None = None
+    sampler: Sampler = Greedy()
+
+
+_IDENTITIES = {"sparsity": Dense, "evict": KeepAll, "select": ReadAll, "draft": type(None)}
+
+
+def check(plan: Plan, model: CausalLM) -> None:
+    """Raise before any work if the plan does not fit the model.
+
+    Raises:
+        ValueError: if a policy names a layer that does not exist or a parameter is out of its range.
+        NotImplementedError: if a field holds something this version cannot run.
+    """
+    if not isinstance(plan, Plan):
+        raise ValueError(f"expected a Plan, got {type(plan).__name__}; put a policy in its field: Plan(depth=policy)")
+    for name, identity in _IDENTITIES.items():
+        value = getattr(plan, name)
+        if not isinstance(value, identity):
+            raise NotImplementedError(f"expected {name}={identity.__name__} in this version, got {value!r}")
+    if not isinstance(plan.depth, DepthPolicy):
+        raise ValueError(f"expected depth to be a DepthPolicy, got {plan.depth!r}")
+    if not isinstance(plan.sampler, Sampler):
+        raise ValueError(f"expected sampler to be a Sampler, got {plan.sampler!r}")
+    if plan.fill not in ("propagate", "mask"):
+        raise ValueError(f"expected fill 'propagate' or 'mask', got {plan.fill!r}")
+    plan.depth.validate(len(model.layers))
+    plan.sampler.validate()
+
+
+def describe(plan: Plan) -> str:
+    """Return the fields of a plan that differ from the dense model, ``dense`` if none does."""
+    changed = [
+        f"{field.name}={getattr(plan, field.name)!r}"
+        for field in dataclasses.fields(plan)
+        if getattr(plan, field.name) != field.default
+    ]
+    return ", ".join(changed) or "dense"

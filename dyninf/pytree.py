@@ -1,0 +1,55 @@
+"""One decorator for every value object of dyninf: a frozen, keyword-only dataclass that is a JAX pytree.
+
+Fields named in ``static`` become part of the tree structure: they decide shapes and control flow, and a new value
+means a new compilation. Every other field is a leaf: it may be traced, swept and vmapped without a recompilation.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, dataclass_transform
+
+import jax
+import numpy as np
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def pytree(*, static: tuple[str, ...] = ()) -> Callable[[type], type]:
+    """Make a class a frozen keyword-only dataclass registered as a pytree.
+
+    Instances compare by value, also when they hold arrays, and print like dataclasses.
+
+    Args:
+        static: names of the fields that are part of the tree structure; their values must be hashable.
+
+    Raises:
+        ValueError: if ``static`` names a field that the class does not have.
+    """
+
+    def decorate(cls: type) -> type:
+        cls = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(static) - set(names))
+        if unknown:
+            raise ValueError(f"expected static fields among {names}, got {unknown}; correct the decorator of {cls}")
+        leaves = [name for name in names if name not in static]
+        jax.tree_util.register_dataclass(cls, data_fields=leaves, meta_fields=list(static))
+        cls.__eq__ = _equal
+        cls.__hash__ = _hash
+        return cls
+
+    return decorate
+
+
+def _equal(self: Any, other: Any) -> bool:
+    if type(self) is not type(other):
+        return NotImplemented
+    leaves, structure = jax.tree.flatten(self)
+    other_leaves, other_structure = jax.tree.flatten(other)
+    return structure == other_structure and all(
+        np.array_equal(a, b) for a, b in zip(leaves, other_leaves, strict=True)
+    )
+
+
+def _hash(self: Any) -> int:
+    leaves, structure = jax.tree.flatten(self)
+    return hash((structure, tuple(np.asarray(leaf).tobytes() for leaf in leaves)))

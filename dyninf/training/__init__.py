@@ -1,0 +1,1 @@
+"""Training: data, losses and schedules that make exits work, and the loop."""

@@ -1,0 +1,72 @@
+"""Replace a folder as a whole, so that a crash or a full disk never damages what was there.
+
+A new folder is filled under the hidden sibling ``.NAME.incomplete`` and takes its place by renaming. An existing
+folder steps aside to ``.NAME.replaced`` first and is deleted last; if the process is killed between the two renames,
+:func:`current` still finds it, and the next :func:`replace_folder` puts it back.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replace_folder(path: str | os.PathLike, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``path`` when the block ends without an exception.
+
+    Args:
+        marker: file that tells a folder of this kind; only a folder that holds it (or an empty one) is replaced.
+        overwrite: replace ``path`` if it exists.
+
+    Raises:
+        ValueError: if ``path`` exists and ``overwrite`` is not given, or it is no folder of this kind.
+        OSError: if the new folder cannot be written (the disk is full, for one). The message says so in one line;
+            ``path`` is as it was and nothing is left beside it, as after any other exception in the block.
+    """
+    path = Path(path).resolve()
+    old, new = _replaced(path), path.with_name(f".{path.name}.incomplete")
+    if old.exists() and not path.exists():
+        old.rename(path)
+    _check(path, marker, overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        yield new
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        if not isinstance(error, OSError):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise OSError(
+            f"expected to write {path}, got: {reason}; free disk space or choose another path, then save again "
+            "(what was there before is unchanged)"
+        ) from error
+
+
+def current(path: str | os.PathLike) -> Path:
+    """Return ``path``, or the folder that stepped aside for a replacement that never came."""
+    path = Path(path).resolve()
+    return _replaced(path) if not path.exists() and _replaced(path).exists() else path
+
+
+def _check(path: Path, marker: str, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir() or (any(path.iterdir()) and not (path / marker).is_file()):
+        raise ValueError(f"expected {path} to be a folder with {marker}, got something else; choose another path")
+    if any(path.iterdir()) and not overwrite:
+        raise ValueError(f"expected a path that does not exist, got {path}; pass overwrite=True to replace it")
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")

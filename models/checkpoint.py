@@ -1,0 +1,158 @@
+"""Our own checkpoints: an orbax folder of arrays with the configuration as JSON beside it.
+
+``dyninf.json`` holds the format number and the :class:`ModelConfig`, ``arrays/`` one orbax array per parameter name,
+``tokenizer.json`` the tokenizer if there is one. Saving fills a new folder and renames it, so that a full disk or a
+killed process never damages the checkpoint that was there. Restoring compares names and shapes with the
+configuration before it reads an array; nothing is ever unpickled.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from dyninf.models.atomic import current, replace_folder
+from dyninf.models.config import ModelConfig, RopeScaling
+from dyninf.models.convert import read_json
+from dyninf.models.parameters import abstract_model, named_parameters, with_parameters
+from dyninf.models.transformer import Transformer, unstack_layers
+
+MARKER = "dyninf.json"
+FORMAT = 1
+
+
+def save(
+    model: Transformer,
+    path: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    tokenizer_file: str | os.PathLike | None = None,
+) -> None:
+    """Write the model as an orbax checkpoint; it appears at ``path`` whole or not at all.
+
+    A model with stacked layers is saved layer by layer, so that every checkpoint has the same names.
+
+    Args:
+        overwrite: replace the checkpoint that is there.
+        tokenizer_file: a ``tokenizer.json`` to copy beside the arrays.
+
+    Raises:
+        ValueError: if ``path`` exists and may not be replaced, or the tokenizer file does not exist.
+        OSError: if writing fails (a full disk); what was at ``path`` is unchanged.
+    """
+    model = model if isinstance(model.layers, nnx.List) else unstack_layers(model)
+    if tokenizer_file is not None and not Path(tokenizer_file).is_file():
+        raise ValueError(f"expected a tokenizer file, got {tokenizer_file}, which does not exist")
+    arrays = named_parameters(model)
+    with replace_folder(path, marker=MARKER, overwrite=overwrite) as folder:
+        need, free = sum(array.nbytes for array in arrays.values()), shutil.disk_usage(folder).free
+        if need > free:
+            raise OSError(f"{need} bytes of weights do not fit into {free} free bytes")
+        try:
+            with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                checkpointer.save(folder / "arrays", args=ocp.args.StandardSave(arrays))
+        except Exception as error:  # orbax raises ValueError and others for what the operating system refused
+            raise OSError(str(error)) from error
+        if tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
+        values = {"format": FORMAT, "config": dataclasses.asdict(model.config)}
+        (folder / MARKER).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def restore(path: str | os.PathLike, dtype: Any = None) -> Transformer:
+    """Return the model of a checkpoint that :func:`save` wrote, on the default device.
+
+    Args:
+        dtype: dtype of the weights; ``None`` for the dtype each was saved in.
+
+    Raises:
+        ValueError: if the checkpoint is missing, incomplete, or does not fit its own configuration.
+        NotImplementedError: if another version of the format is stored.
+    """
+    path = current(path)
+    values = read_json(path / MARKER)
+    if values.get("format") != FORMAT:
+        raise NotImplementedError(
+            f"expected checkpoint format {FORMAT} in {path}, got {values.get('format')!r}; update dyninf"
+        )
+    config = _config(values.get("config"), path / MARKER)
+    expected = named_parameters(abstract_model(config, jnp.float32 if dtype is None else dtype))
+    with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        stored = _stored(checkpointer, path / "arrays")
+        _check(path, {name: array.shape for name, array in expected.items()}, stored)
+        place = jnp.zeros(()).sharding
+        wanted = {
+            name: jax.ShapeDtypeStruct(array.shape, np.dtype(array.dtype if dtype is None else dtype), sharding=place)
+            for name, array in stored.items()
+        }
+        try:
+            arrays = checkpointer.restore(path / "arrays", args=ocp.args.StandardRestore(wanted))
+        except Exception as error:
+            raise _damaged(path / "arrays", error) from error
+    return with_parameters(abstract_model(config), arrays)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # Orbax logs the traceback of every thread it started; the exception it then raises says the same once.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _config(values: Any, file: Path) -> ModelConfig:
+    if not isinstance(values, dict):
+        raise ValueError(f"expected the configuration of the model in {file}, got {values!r}")
+    values = dict(values)
+    try:
+        if values.get("rope_scaling") is not None:
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        if values.get("windows") is not None:
+            values["windows"] = tuple(values["windows"])
+        values["eos_ids"] = tuple(values["eos_ids"])
+        return ModelConfig(**values)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"expected the configuration of a model in {file}, got {error}") from error
+
+
+def _stored(checkpointer: ocp.Checkpointer, path: Path) -> Mapping[str, Any]:
+    try:
+        tree = checkpointer.metadata(path).item_metadata.tree
+    except Exception as error:
+        raise _damaged(path, error) from error
+    if not isinstance(tree, dict) or not all(hasattr(leaf, "shape") for leaf in tree.values()):
+        raise ValueError(f"expected arrays by name in {path}, got {tree!r:.80}; save the checkpoint again")
+    return tree
+
+
+def _check(path: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, Any]) -> None:
+    if missing := sorted(set(expected) - set(stored)):
+        raise ValueError(f"expected the array {missing[0]!r} in {path}, found none ({len(missing)} are missing)")
+    if extra := sorted(set(stored) - set(expected)):
+        raise ValueError(f"expected no array beside those of {MARKER}, got {extra[0]!r} in {path} ({len(extra)} more)")
+    for name, shape in expected.items():
+        if tuple(stored[name].shape) != shape:
+            raise ValueError(f"expected {name!r} in {path} to have shape {shape}, got {tuple(stored[name].shape)}")
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = (str(error).splitlines() or [""])[0]
+    return ValueError(
+        f"expected the arrays of a checkpoint in {path}, got {type(error).__name__}: {reason:.200}; the checkpoint is "
+        "incomplete or damaged: use another one"
+    )

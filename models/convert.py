@@ -1,0 +1,227 @@
+"""Read and write Hugging Face checkpoints: ``config.json`` beside safetensors, whole or in shards.
+
+:func:`_layout` says once, for both directions, which tensors of theirs make one parameter of ours. Their matrices are
+``[out, in]``, ours are in the order they are contracted; their query head n is ours [k, g] with n = k * G + g.
+Everything is checked (names, shapes, dtypes, file lengths) before the first weight is read; then one parameter after
+another is read, fused on the host and transposed on the device, so that host memory stays near the largest of them.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dyninf.models.atomic import replace_folder
+from dyninf.models.config import ModelConfig
+from dyninf.models.hf_config import config_from_hf, config_to_hf, eos_ids
+from dyninf.models.parameters import abstract_model, named_parameters, with_parameters
+from dyninf.models.safetensors_io import DTYPES, StoredTensor, read_header, read_tensor, write_tensors
+from dyninf.models.transformer import Transformer, unstack_layers
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fused:
+    """One parameter: ``shape`` in their axis order, the tensors that fill parts of it, the axes that make it ours."""
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    parts: tuple[tuple[str, tuple[int, ...], Any], ...]  # name, shape in the file, index into the fused array
+
+
+def load_hf(path: str | os.PathLike, dtype: Any = None) -> Transformer:
+    """Return the model of a Hugging Face folder (Llama, Mistral, Qwen2 or Qwen3; safetensors only).
+
+    Args:
+        dtype: dtype of the weights; ``None`` for the one that most of the stored numbers have.
+
+    Raises:
+        ValueError: if a file or tensor is missing, in excess, truncated or of the wrong shape; before any is loaded.
+        NotImplementedError: if the model cannot be represented; names the field of config.json or the dtype.
+    """
+    path = Path(path)
+    values = read_json(path / "config.json")
+    config = config_from_hf(values)
+    if (path / "generation_config.json").is_file():
+        # Chat models name their end of turn only here.
+        config = dataclasses.replace(
+            config, eos_ids=eos_ids(read_json(path / "generation_config.json")) or config.eos_ids
+        )
+    layout = _layout(config)
+    stored = _stored_tensors(path)
+    _check(path, layout, stored, config.tie_embeddings)
+    dtype = np.dtype(_main_dtype(layout, stored) if dtype is None else dtype)
+    model = abstract_model(config, dtype)
+    arrays = {name: _place(_read(fused, stored), fused.axes, dtype) for name, fused in layout.items()}
+    return with_parameters(model, arrays)
+
+
+def save_hf(
+    model: Transformer,
+    path: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    tokenizer_file: str | os.PathLike | None = None,
+) -> None:
+    """Write the model as a Hugging Face folder that transformers can load: config.json and model.safetensors.
+
+    The folder appears whole or not at all; see :func:`dyninf.models.atomic.replace_folder`.
+
+    Args:
+        overwrite: replace a Hugging Face folder that is there.
+        tokenizer_file: a ``tokenizer.json`` to copy beside the weights.
+
+    Raises:
+        ValueError: if ``path`` exists and may not be replaced, or the tokenizer file does not exist.
+        NotImplementedError: if no Hugging Face architecture has this combination of switches.
+        OSError: if writing fails; what was at ``path`` is unchanged.
+    """
+    model = model if isinstance(model.layers, nnx.List) else unstack_layers(model)
+    if tokenizer_file is not None and not Path(tokenizer_file).is_file():
+        raise ValueError(f"expected a tokenizer file, got {tokenizer_file}, which does not exist")
+    arrays, layout = named_parameters(model), _layout(model.config)
+    values = config_to_hf(model.config, str(arrays["embedding"].dtype))
+    places = {part[0]: (name, part) for name, fused in layout.items() for part in fused.parts}
+
+    def fetch(hf_name: str) -> np.ndarray:
+        name, (_, shape, index) = places[hf_name]
+        fused = layout[name]
+        theirs = jnp.transpose(arrays[name], tuple(np.argsort(fused.axes)))
+        return np.asarray(theirs[index].reshape(shape))
+
+    with replace_folder(path, marker="config.json", overwrite=overwrite) as folder:
+        shapes = {hf_name: (arrays[name].dtype, part[1]) for hf_name, (name, part) in places.items()}
+        write_tensors(folder / SINGLE, shapes, fetch)
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        if tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
+
+
+def read_json(file: str | os.PathLike) -> dict[str, Any]:
+    """Return the JSON object in ``file``.
+
+    Raises:
+        ValueError: if the file does not exist or holds no JSON object.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"expected {file.name} in {file.parent}, found none; is this the folder of a model?")
+    try:
+        values = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON in {file}, got {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object in {file}, got {type(values).__name__}")
+    return values
+
+
+def _layout(config: ModelConfig) -> dict[str, _Fused]:
+    d, f, v, h = config.d_model, config.d_ff, config.vocab_size, config.head_dim
+    n, k, m = config.num_heads, config.num_kv_heads, config.group_size + 2
+    whole, qkv = np.s_[...], {"q": np.s_[:, :-2], "k": np.s_[:, -2], "v": np.s_[:, -1]}
+    out = {"q": n * h, "k": k * h, "v": k * h}
+
+    def norm(name: str, size: int) -> _Fused:
+        return _Fused((size,), (0,), ((f"{name}.weight", (size,), whole),))
+
+    layout = {"embedding": _Fused((v, d), (0, 1), (("model.embed_tokens.weight", (v, d), whole),))}
+    for i in range(config.num_layers):
+        ours, attention, mlp = f"layers.{i}", f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        weights = tuple((f"{attention}.{x}_proj.weight", (out[x], d), index) for x, index in qkv.items())
+        biases = tuple((f"{attention}.{x}_proj.bias", (out[x],), index) for x, index in qkv.items())
+        gate_up = tuple((f"{mlp}.{x}_proj.weight", (f, d), np.s_[j]) for j, x in enumerate(("gate", "up")))
+        layout[f"{ours}.norm_attn"] = norm(f"model.layers.{i}.input_layernorm", d)
+        layout[f"{ours}.wqkv"] = _Fused((k, m, h, d), (3, 0, 1, 2), weights)
+        if config.qkv_bias:
+            layout[f"{ours}.bqkv"] = _Fused((k, m, h), (0, 1, 2), biases)
+        if config.qk_norm:
+            layout[f"{ours}.norm_q"] = norm(f"{attention}.q_norm", h)
+            layout[f"{ours}.norm_k"] = norm(f"{attention}.k_norm", h)
+        layout[f"{ours}.wo"] = _Fused((d, n, h), (1, 2, 0), ((f"{attention}.o_proj.weight", (d, n * h), whole),))
+        layout[f"{ours}.norm_mlp"] = norm(f"model.layers.{i}.post_attention_layernorm", d)
+        layout[f"{ours}.w_gate_up"] = _Fused((2, f, d), (2, 0, 1), gate_up)
+        layout[f"{ours}.w_down"] = _Fused((d, f), (1, 0), ((f"{mlp}.down_proj.weight", (d, f), whole),))
+    layout["norm_final"] = norm("model.norm", d)
+    if not config.tie_embeddings:
+        layout["unembedding"] = _Fused((v, d), (1, 0), (("lm_head.weight", (v, d), whole),))
+    return layout
+
+
+def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    if (path / SINGLE).is_file():
+        return read_header(path / SINGLE)
+    if not (path / INDEX).is_file():
+        raise ValueError(
+            f"expected {SINGLE} or {INDEX} in {path}, got {sorted(file.name for file in path.iterdir())}; "
+            "other formats are not read (nothing is ever unpickled): save the model with safetensors"
+        )
+    places = read_json(path / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ValueError(f"expected weight_map in {path / INDEX} to name a file for each tensor, got {places!r:.80}")
+    stored: dict[str, StoredTensor] = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file or not (path / file).is_file():
+            raise ValueError(f"expected the shard {file!r}, named by {INDEX}, in {path}, found none; fetch it again")
+        for name, tensor in read_header(path / file).items():
+            if places.get(name) != file:
+                raise ValueError(f"expected {name!r} in {places.get(name, 'no file')} by {INDEX}, got it in {file}")
+            stored[name] = tensor
+    if missing := sorted(set(places) - set(stored)):
+        raise ValueError(f"expected {_some(missing)} in {path}, named by {INDEX}, found none; fetch the shards again")
+    return stored
+
+
+def _check(path: Path, layout: dict[str, _Fused], stored: dict[str, StoredTensor], tied: bool) -> None:
+    parts = {name: shape for fused in layout.values() for name, shape, _ in fused.parts}
+    if missing := sorted(set(parts) - set(stored)):
+        raise ValueError(f"expected the tensor {_some(missing)} in {path}, found none; config.json is of another model")
+    # Old checkpoints carry rotary frequencies, which follow from the configuration, or a copy of the tied embedding.
+    known = {name for name in stored if name.endswith("rotary_emb.inv_freq")} | ({"lm_head.weight"} if tied else set())
+    if extra := sorted(set(stored) - set(parts) - known):
+        raise ValueError(f"expected no tensor beside those of config.json, got {_some(extra)} in {path}")
+    for name, shape in parts.items():
+        if stored[name].shape != shape:
+            raise ValueError(
+                f"expected {name!r} in {stored[name].file} to have shape {shape}, got {stored[name].shape}"
+            )
+        if stored[name].dtype not in DTYPES:
+            raise NotImplementedError(
+                f"expected {name!r} in {stored[name].file} to be one of {', '.join(DTYPES)}, got {stored[name].dtype}; "
+                "convert the checkpoint to bfloat16 or float32"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _main_dtype(layout: dict[str, _Fused], stored: dict[str, StoredTensor]) -> np.dtype:
+    sizes = Counter()
+    for tensor in (stored[name] for fused in layout.values() for name, _, _ in fused.parts):
+        sizes[tensor.dtype] += tensor.end - tensor.begin
+    return DTYPES[sizes.most_common(1)[0][0]]
+
+
+def _read(fused: _Fused, stored: dict[str, StoredTensor]) -> np.ndarray:
+    tensors = [(stored[name], index) for name, _, index in fused.parts]
+    if len(tensors) == 1:
+        return read_tensor(tensors[0][0]).reshape(fused.shape)
+    whole = np.empty(fused.shape, jnp.result_type(*(DTYPES[tensor.dtype] for tensor, _ in tensors)))
+    for tensor, index in tensors:
+        whole[index] = read_tensor(tensor).reshape(whole[index].shape)
+    return whole
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "dtype"))
+def _place(whole: jax.Array, axes: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    return jnp.transpose(whole, axes).astype(dtype)

@@ -1,0 +1,64 @@
+"""Load a model or its tokenizer by path or by the name of a model that dyninf ships."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from dyninf.models.atomic import current
+from dyninf.models.checkpoint import MARKER, restore
+from dyninf.models.convert import load_hf
+from dyninf.models.transformer import Transformer
+
+_PRETRAINED = Path(__file__).parent / "pretrained"
+
+
+def available() -> tuple[str, ...]:
+    """Return the names of the models that dyninf ships."""
+    return tuple(sorted(file.parent.name for file in _PRETRAINED.glob("*/config.json")))
+
+
+def load(path_or_name: str | os.PathLike, *, dtype: Any = None) -> Transformer:
+    """Return the model of a Hugging Face folder, of one of our checkpoints, or one that dyninf ships.
+
+    Nothing is downloaded and nothing is unpickled. A path that exists wins over a shipped name.
+
+    Args:
+        dtype: dtype of the weights; ``None`` for the dtype they are stored in.
+
+    Raises:
+        ValueError: if there is no such model, or its files are incomplete or do not fit each other.
+        NotImplementedError: if the model cannot be represented; names what stands in the way.
+    """
+    path = _find(path_or_name)
+    return restore(path, dtype) if (path / MARKER).is_file() else load_hf(path, dtype)
+
+
+def load_tokenizer(path_or_name: str | os.PathLike) -> Tokenizer:
+    """Return the tokenizer that lies beside a model (``tokenizer.json``).
+
+    Raises:
+        ValueError: if there is no such model, it has no ``tokenizer.json``, or that file is not a tokenizer.
+    """
+    file = _find(path_or_name) / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"expected tokenizer.json in {file.parent}, found none; copy it there")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        raise ValueError(f"expected a tokenizer in {file}, got {error}") from error
+
+
+def _find(path_or_name: str | os.PathLike) -> Path:
+    path = current(path_or_name)
+    if path.is_dir():
+        return path
+    if str(path_or_name) in available():
+        return _PRETRAINED / str(path_or_name)
+    if path.exists():
+        raise ValueError(f"expected the folder of a model, got the file {path}")
+    raise ValueError(
+        f"expected a folder or one of the shipped models ({', '.join(available()) or 'none'}), got {path_or_name!s}; "
+        "models are not downloaded: fetch the files first and give their folder"
+    )

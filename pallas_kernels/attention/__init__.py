@@ -1,0 +1,119 @@
+"""Dense attention of new tokens over themselves (prefill) or over a cache (decode).
+
+Conventions: queries ``[B, T, N, H]``, keys and values ``[B, S, K, H]``; query head n reads key/value head ``n // G``
+with ``G = N / K``; slot s of a cache holds position s; scores are scaled by ``H ** -0.5`` and computed in float32; a
+row that may attend to nothing gives zeros.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import cudnn, reference
+from pallas_kernels.dispatch import Implementation, choose, explain, platform
+
+PREFILL = (
+    Implementation(name="cudnn", refuse=cudnn.refuse_prefill, run=cudnn.prefill_attention),
+    Implementation(name="xla", refuse=reference.refuse, run=reference.prefill_attention),
+)
+DECODE = (
+    Implementation(name="cudnn", refuse=cudnn.refuse_decode, run=cudnn.decode_attention),
+    Implementation(name="xla", refuse=reference.refuse, run=reference.decode_attention),
+)
+
+
+def prefill_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    window: int | None = None,
+    keep_BT: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attend causally among T new tokens that start at position 0.
+
+    Cost: 4·T²·N·H/2 FLOPs per sequence. Exact.
+
+    Args:
+        lengths_B: tokens of each sequence; later tokens are padding.
+        window: attend to the last ``window`` tokens only (the query's own included).
+        keep_BT: tokens whose keys may be attended; ``None`` for all.
+        implementation: ``"cudnn"`` or ``"xla"``; ``None`` takes the fastest that can serve.
+
+    Returns:
+        ``[B, T, N, H]`` in q's dtype. Rows of padding are finite and meaningless.
+
+    Raises:
+        ValueError: if shapes do not match.
+        NotImplementedError: if the requested implementation cannot serve.
+    """
+    _check(q_BTNH, k_BTKH, v_BTKH)
+    if q_BTNH.shape[1] != k_BTKH.shape[1]:
+        raise ValueError(f"expected as many keys as queries, got {k_BTKH.shape[1]} and {q_BTNH.shape[1]}")
+    facts = _facts(q_BTNH, k_BTKH, window=window, masked=keep_BT is not None)
+    chosen = choose("prefill_attention", PREFILL, implementation, **facts)
+    return chosen.run(q_BTNH, k_BTKH, v_BTKH, lengths_B, window=window, keep_BT=keep_BT)
+
+
+def decode_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    positions_BT: jax.Array,
+    *,
+    window: int | None = None,
+    valid_BS: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attend from T tokens at given positions over a cache whose slot s holds position s.
+
+    The query at position p reads slots 0 to p. Cost: reads K and V once, ``2·S·K·H`` entries per sequence. Exact.
+
+    Args:
+        positions_BT: position of each query; its own key must already be in the cache. Negative: reads nothing.
+        window: attend to the last ``window`` positions only (the query's own included).
+        valid_BS: slots that may be read; ``None`` for all.
+        implementation: ``"cudnn"`` or ``"xla"``; ``None`` takes the fastest that can serve.
+
+    Returns:
+        ``[B, T, N, H]`` in q's dtype; zeros where a query may read nothing.
+
+    Raises:
+        ValueError: if shapes do not match.
+        NotImplementedError: if the requested implementation cannot serve.
+    """
+    _check(q_BTNH, k_BSKH, v_BSKH)
+    facts = _facts(q_BTNH, k_BSKH, window=window, masked=valid_BS is not None)
+    chosen = choose("decode_attention", DECODE, implementation, **facts)
+    return chosen.run(q_BTNH, k_BSKH, v_BSKH, positions_BT, window=window, valid_BS=valid_BS)
+
+
+def explain_attention(*, head_dim: int, dtype: str, num_queries: int) -> dict[str, list[tuple[str, str | None]]]:
+    """Say for both operations which implementation could serve a plain call here, and why the others could not."""
+    common = {"platform": platform(), "dtype": jnp.dtype(dtype), "head_dim": head_dim, "window": None, "masked": False}
+    return {
+        "prefill_attention": explain(PREFILL, **common, num_queries=num_queries, num_keys=num_queries),
+        "decode_attention": explain(DECODE, **common, num_queries=1, num_keys=num_queries),
+    }
+
+
+def _facts(q_BTNH: jax.Array, k_BSKH: jax.Array, *, window: int | None, masked: bool) -> dict:
+    num_keys = k_BSKH.shape[1]
+    return {
+        "platform": platform(),
+        "dtype": q_BTNH.dtype,
+        "head_dim": q_BTNH.shape[-1],
+        "window": None if window is not None and window >= num_keys else window,
+        "masked": masked,
+        "num_queries": q_BTNH.shape[1],
+        "num_keys": num_keys,
+    }
+
+
+def _check(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> None:
+    shapes = f"got q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}"
+    if q_BTNH.ndim != 4 or k_BSKH.ndim != 4 or k_BSKH.shape != v_BSKH.shape:
+        raise ValueError(f"expected q [B, T, N, H] and k, v of one shape [B, S, K, H], {shapes}")
+    if q_BTNH.shape[0] != k_BSKH.shape[0] or q_BTNH.shape[3] != k_BSKH.shape[3] or q_BTNH.shape[2] % k_BSKH.shape[2]:
+        raise ValueError(f"expected one batch and head_dim, and query heads a multiple of key/value heads, {shapes}")

@@ -1,0 +1,73 @@
+"""Choose the implementation of an operation, and keep the reasons why the others could not serve.
+
+An operation lists its implementations from fastest to most general. Each has a ``refuse`` function that returns a
+reason, or ``None`` when it can serve. The first that can serve is taken; an implementation that was asked for by name
+is never replaced by another.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One way to run an operation.
+
+    Args:
+        name: what ``implementation=`` accepts.
+        refuse: called with the facts of the call; returns why it cannot serve, or ``None``.
+        run: the function itself.
+    """
+
+    name: str
+    refuse: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+def choose(
+    operation: str, implementations: Sequence[Implementation], requested: str | None, **facts: Any
+) -> Implementation:
+    """Return the first implementation that can serve, or the requested one.
+
+    On a GPU the reasons are logged once when the fastest implementation could not serve.
+
+    Raises:
+        ValueError: if ``requested`` names no implementation.
+        NotImplementedError: if the requested implementation, or every implementation, refuses; with all reasons.
+    """
+    names = [implementation.name for implementation in implementations]
+    if requested is not None and requested not in names:
+        raise ValueError(f"expected implementation of {operation} to be one of {names}, got {requested!r}")
+    reasons = []
+    for implementation in implementations:
+        if requested not in (None, implementation.name):
+            continue
+        reason = implementation.refuse(**facts)
+        if reason is None:
+            if reasons and facts.get("platform") == "gpu":
+                _log_once(f"{operation} runs as {implementation.name!r}: " + "; ".join(reasons))
+            return implementation
+        reasons.append(f"{implementation.name}: {reason}")
+    raise NotImplementedError(f"no implementation of {operation} can serve: " + "; ".join(reasons))
+
+
+def explain(implementations: Sequence[Implementation], **facts: Any) -> list[tuple[str, str | None]]:
+    """Return ``(name, reason)`` of every implementation for a call; the reason is ``None`` where it could serve."""
+    return [(implementation.name, implementation.refuse(**facts)) for implementation in implementations]
+
+
+def platform() -> str:
+    """Return the platform that JAX computes on by default: ``cpu``, ``gpu`` or ``tpu``."""
+    return jax.default_backend()
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _logger.warning(message)
