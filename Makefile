@@ -40,8 +40,8 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,6p'
 
 $(VENV)/.created:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "expected Python >= 3.11, got $$($(PYTHON) --version 2>&1); set PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
+	  sys.exit(sys.version_info < (3, 11) and "expected Python >= 3.11, got %s; set PYTHON=/path/to/python3.11" % v)'
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
@@ -52,7 +52,7 @@ $(DEMO_STAMP): pyproject.toml $(VENV)/.created
 
 $(TEST_STAMP): pyproject.toml $(VENV)/.created
 	@echo "installing dyninf[$(test_extras)] $(TEST_REQUIREMENTS) into $(VENV) (a few minutes the first time)"
-	$(PIP_INSTALL) --editable ".[$(test_extras)]" $(TEST_REQUIREMENTS)
+	$(PIP_INSTALL) --editable ".[$(test_extras)]" $(foreach requirement,$(TEST_REQUIREMENTS),"$(requirement)")
 	@rm -f $(VENV)/.installed-*
 	@touch $(DEMO_STAMP) $@
 

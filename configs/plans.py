@@ -28,6 +28,7 @@ def plans(num_layers: int) -> dict[str, Plan]:
     if num_layers < 4:
         raise ValueError(f"expected a model of at least 4 layers for the named plans, got {num_layers}; build a Plan")
     half, quarter = num_layers // 2, num_layers // 4
+    middle = tuple(range(half - quarter // 2, half - quarter // 2 + quarter))
     # Asking costs about as much as a layer or two, so exits are considered at every eighth of the depth only.
     stride = max(1, num_layers // 8)
     confidence = Confidence(threshold=0.9)
@@ -37,7 +38,7 @@ def plans(num_layers: int) -> dict[str, Plan]:
         # Half the layers: the depth LayerSkip-trained models are asked to be usable at.
         "exit_half": Plan(depth=ExitAt(layer=half)),
         # The middle quarter changes the state least in most models (ShortGPT); the prompt still runs it.
-        "skip_middle": Plan(depth=SkipLayers(layers=tuple(range(half - quarter // 2, half + quarter // 2)), prompt=False)),
+        "skip_middle": Plan(depth=SkipLayers(layers=middle, prompt=False)),
         # The mildest target of the paper.
         "unified_skip": Plan(depth=UnifiedSkip(speedup=2.0)),
         # Reaches three quarters of the depth after about 30 tokens; never fewer than half.
@@ -57,7 +58,9 @@ def plans(num_layers: int) -> dict[str, Plan]:
         # Two unchanged predictions in a row, an eighth of the depth apart.
         "exit_patience": Plan(depth=every(Patience(patience=2), step=stride)),
         # CALM's schedule: strict at the start of a text, 10 % looser in the end.
-        "exit_calm": Plan(depth=every(DecayingThreshold(policy=confidence, temperature=4.0, length=128.0), step=stride)),
+        "exit_calm": Plan(
+            depth=every(DecayingThreshold(policy=confidence, temperature=4.0, length=128.0), step=stride)
+        ),
         # Sure at once, or unchanged for three decisions.
         "exit_first_of": Plan(depth=every(first_of(confidence, Patience(patience=3)), step=stride)),
     }

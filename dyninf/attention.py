@@ -44,9 +44,7 @@ def attend_cached(positions_BT: jax.Array, live_BT: jax.Array, *, write_inactive
 
         def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
             updated = write(cache, k_BTKH, v_BTKH, slots_of(cache, positions_BT, written_BT))
-            o_BTNH = decode_attention(
-                q_BTNH, updated.k, updated.v, positions_BT, window=window, valid_BS=updated.valid
-            )
+            o_BTNH = decode_attention(q_BTNH, updated.k, updated.v, positions_BT, window=window, valid_BS=updated.valid)
             return o_BTNH, updated
 
         return attend

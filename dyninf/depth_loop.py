@@ -90,7 +90,8 @@ def run_layers(
     """Run ``x_BTD`` through the layers that ``policy`` asks for.
 
     Raises:
-        ValueError: if the driver is unknown, or ``unrolled`` is asked of a policy that is not static.
+        ValueError: if the driver is unknown, ``unrolled`` is asked of a policy that is not static, or ``scan`` of layers
+            that differ in structure.
     """
     if driver not in DRIVERS:
         raise ValueError(f"expected driver to be one of {DRIVERS}, got {driver!r}")
@@ -168,6 +169,8 @@ def _grouped(layers, x_BTD, caches, run, policy, state, *, conditional):
 
 def _scan(layers, x_BTD, caches, run, policy, state, *, conditional):
     num_layers = len(layers)
+    if any(jax.tree.structure(layer) != jax.tree.structure(layers[0]) for layer in layers):
+        raise ValueError("expected layers of one structure for driver 'scan' (one window for all); use 'masked'")
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(layers, caches, strict=True))
 
     def body(carry, inputs):

@@ -46,7 +46,7 @@ def forward(
         Entries at padding are meaningless.
 
     Raises:
-        ValueError: if the plan does not fit the model.
+        ValueError: if the plan does not fit the model, or its prompt runs other layers than ``unrolled`` would.
     """
     plan = Plan() if plan is None else plan
     check(plan, model)
@@ -70,6 +70,11 @@ def forward(
     kept = depth.static_layers(num_layers)
     if kept is not None and kept == depth.prefill_layers(num_layers):
         out = run_static(model.layers, x_BTD, caches, run, kept, ())
+    elif driver == "unrolled":
+        raise ValueError(
+            f"expected another driver than 'unrolled': {depth} lets the prompt run other layers than decoded tokens, "
+            "and one pass holds both; use 'masked'"
+        )
     else:
         out = run_layers(model.layers, x_BTD, caches, run, depth, depth.init((batch, length)), driver=driver)
     return Forward(logits=model.unembed(out.x_BTD), states=out.x_BTD, needed=out.needed_BT)

@@ -17,12 +17,11 @@ import numpy as np
 from dyninf.attention import attend_cached, attend_prompt
 from dyninf.cache import CacheSpec, KVCache, advance, init_cache
 from dyninf.depth_loop import Driver, LayerRun, default_driver, run_layers, run_static
-from dyninf.model import CausalLM, max_length, vocab_size
+from dyninf.model import CausalLM
 from dyninf.plan import Plan, check
+from dyninf.prompts import PAD, check_key, check_prompts, stop_matrix
 from dyninf.pytree import pytree
 from dyninf.stats import StepStats
-
-PAD = -1
 
 
 @pytree()
@@ -80,14 +79,15 @@ def prefill(
         lengths: prompt lengths ``[B]`` (1 to T tokens).
         spec: cache to allocate; capacity at least T.
         key: one key, split over the batch, or one per sequence ``[B]``.
-        stop: stop sequences ``[R, M]`` as :func:`stop_matrix` makes them.
+        stop: stop sequences ``[R, M]`` as :func:`dyninf.prompts.stop_matrix` makes them.
 
     Returns:
         The logits after each prompt ``[B, V]``, float32, and the state that holds the first sampled token.
 
     Raises:
-        ValueError: if the cache is smaller than the prompts.
+        ValueError: if the plan does not fit the model or the cache is smaller than the prompts.
     """
+    check(plan, model)
     batch, length = tokens.shape
     if spec.capacity < length:
         raise ValueError(f"expected a cache of at least {length} slots for this prompt, got {spec.capacity}")
@@ -106,7 +106,7 @@ def prefill(
     kept = plan.depth.prefill_layers(len(model.layers))
     out = run_static(model.layers, model.embed(tokens), cache.layers, run, kept, ())
     last_BTD = jnp.take_along_axis(out.x_BTD, (lengths - 1)[:, None, None], axis=1)
-    logits_BV = model.unembed(last_BTD)[:, 0]
+    logits_BV = model.unembed(last_BTD)[:, 0].astype(jnp.float32)
     stop = jnp.zeros((0, 1), jnp.int32) if stop is None else stop
     state = DecodeState(
         token=jnp.zeros(batch, jnp.int32),
@@ -130,8 +130,13 @@ def decode_step(
 
     Args:
         driver: how layers are run; ``None`` takes the plan's default (see :mod:`dyninf.depth_loop`).
+
+    Raises:
+        ValueError: if the plan does not fit the model, or the state was made for a plan that keeps other things in it.
     """
+    check(plan, model)
     num_layers = len(model.layers)
+    _check_state(state, plan, num_layers)
     positions_BT = state.cache.length[:, None]
     live_BT = ~state.done[:, None]
     run = LayerRun(
@@ -152,7 +157,7 @@ def decode_step(
         state.depth,
         driver=driver or default_driver(plan.depth, num_layers),
     )
-    logits_BV = model.unembed(out.x_BTD)[:, 0]
+    logits_BV = model.unembed(out.x_BTD)[:, 0].astype(jnp.float32)
     live_B = live_BT[:, 0]
     cache = advance(state.cache, out.caches, live_B.astype(jnp.int32))
     stats = StepStats(
@@ -186,13 +191,13 @@ def generate(
         stop: token ids or sequences of ids that end a text.
 
     Raises:
-        ValueError: if the plan does not fit the model, a prompt is empty or too long, or a token is not in the
-            vocabulary.
+        ValueError: if the plan does not fit the model, a prompt is empty or too long, a token is not in the
+            vocabulary, or a sampler that draws got no key.
     """
     plan = Plan() if plan is None else plan
-    tokens, lengths = _check_prompts(model, tokens, lengths, max_new_tokens)
     check(plan, model)
-    key = jax.random.key(0) if key is None else key
+    tokens, lengths = check_prompts(model, tokens, lengths, max_new_tokens)
+    key = check_key(key, plan.sampler, tokens.shape[0])
     spec = CacheSpec(capacity=tokens.shape[1] + max_new_tokens)
     _, state = _prefill(model, tokens, lengths, plan, spec, key, stop_matrix(stop))
     generation, _ = _decode_loop(model, state, plan, max_new_tokens=max_new_tokens, driver=driver)
@@ -216,24 +221,11 @@ def stream(
     prompt, are ``None``.
     """
     plan = Plan() if plan is None else plan
-    tokens, lengths = _check_prompts(model, tokens, lengths, max_new_tokens)
     check(plan, model)
-    key = jax.random.key(0) if key is None else key
+    tokens, lengths = check_prompts(model, tokens, lengths, max_new_tokens)
+    key = check_key(key, plan.sampler, tokens.shape[0])
     spec = CacheSpec(capacity=tokens.shape[1] + max_new_tokens)
     return _stream(model, tokens, lengths, plan, spec, key, stop_matrix(stop), max_new_tokens, driver)
-
-
-def stop_matrix(stop: Sequence[int | Sequence[int]]) -> jax.Array:
-    """Return stop tokens and stop sequences as one right-aligned ``int32 [R, M]`` array filled with -1.
-
-    Raises:
-        ValueError: if a stop sequence is empty or holds a negative id.
-    """
-    rows = [[entry] if isinstance(entry, (int, np.integer)) else list(entry) for entry in stop]
-    if any(not row or min(row) < 0 for row in rows):
-        raise ValueError(f"expected stop tokens as ids >= 0 and stop sequences that are not empty, got {stop!r}")
-    width = max((len(row) for row in rows), default=1)
-    return jnp.asarray([[PAD] * (width - len(row)) + row for row in rows], jnp.int32).reshape(len(rows), width)
 
 
 def _sample(state: DecodeState, logits_BV: jax.Array, plan: Plan) -> DecodeState:
@@ -275,7 +267,8 @@ def _decode_loop(model, state, plan, *, max_new_tokens, driver):
         tokens = tokens.at[:, index].set(jnp.where(before, PAD, state.token))
         return state, tokens, jax.tree.map(lambda all_, one: all_.at[index - 1].set(one), stats, new)
 
-    state, tokens, stats = jax.lax.while_loop(unfinished, body, (state, tokens, stats))
+    if max_new_tokens > 1:
+        state, tokens, stats = jax.lax.while_loop(unfinished, body, (state, tokens, stats))
     lengths = jnp.sum(tokens != PAD, axis=1)
     return Generation(tokens=tokens, lengths=lengths, stopped=state.done, stats=stats), state
 
@@ -295,33 +288,12 @@ def _tracks_valid(plan: Plan, num_layers: int) -> bool:
     return plan.fill == "mask" and not plan.depth.nested
 
 
-def _check_prompts(model, tokens, lengths, max_new_tokens):
-    """Return prompts as ``int32 [B, T]`` and lengths ``[B]`` after refusing what cannot run."""
-    tokens = np.asarray(tokens)
-    tokens = tokens[None] if tokens.ndim == 1 else tokens
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
+def _check_state(state: DecodeState, plan: Plan, num_layers: int) -> None:
+    made = jax.eval_shape(lambda: plan.depth.init((state.token.shape[0], 1)))
+    same_depth = jax.tree.structure(made) == jax.tree.structure(state.depth)
+    same_cache = _tracks_valid(plan, num_layers) == (state.cache.layers[0].valid is not None)
+    if not same_depth or not same_cache:
         raise ValueError(
-            f"expected prompts as integers [B, T] with at least one token each, got shape {tokens.shape} and dtype "
-            f"{tokens.dtype}"
+            "expected a state that was made for this plan: its depth policy keeps another state, or the cache does not "
+            f"track empty slots as fill={plan.fill!r} needs; call prefill with the same plan"
         )
-    batch, width = tokens.shape
-    lengths = np.full(batch, width) if lengths is None else np.asarray(lengths)
-    if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
-        raise ValueError(f"expected one integer length per prompt [{batch}], got {lengths.dtype} {lengths.shape}")
-    if lengths.min() < 1 or lengths.max() > width:
-        raise ValueError(f"expected prompt lengths between 1 and {width}, got {lengths.tolist()}; no prompt is empty")
-    real = np.arange(width)[None] < lengths[:, None]
-    vocab = vocab_size(model)
-    bad = tokens[real & ((tokens < 0) | (tokens >= vocab))]
-    if bad.size:
-        raise ValueError(f"expected token ids between 0 and {vocab - 1} of this model, got {sorted(set(bad.tolist()))}")
-    if max_new_tokens < 1:
-        raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
-    limit = max_length(model)
-    if limit is not None and lengths.max() + max_new_tokens > limit:
-        raise ValueError(
-            f"expected prompt and generated tokens to fit the model's context of {limit}, got {lengths.max()} + "
-            f"{max_new_tokens}; shorten the prompt or lower max_new_tokens"
-        )
-    tokens = np.where(real, tokens, 0)
-    return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)

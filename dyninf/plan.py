@@ -7,6 +7,8 @@ thresholds and learned weights are leaves, so a sweep over them compiles once.
 import dataclasses
 from typing import Literal
 
+import jax
+
 from dyninf.depth.base import DepthPolicy, RunAll
 from dyninf.kv.base import KeepAll, ReadAll
 from dyninf.model import CausalLM
@@ -62,8 +64,16 @@ def check(plan: Plan, model: CausalLM) -> None:
         raise ValueError(f"expected depth to be a DepthPolicy, got {plan.depth!r}")
     if not isinstance(plan.sampler, Sampler):
         raise ValueError(f"expected sampler to be a Sampler, got {plan.sampler!r}")
+    for name in ("depth", "sampler"):
+        value = getattr(plan, name)
+        if jax.tree_util.all_leaves([value]):
+            raise ValueError(f"expected {name} to be a pytree, got {value!r}; decorate its class with dyninf.pytree()")
     if plan.fill not in ("propagate", "mask"):
         raise ValueError(f"expected fill 'propagate' or 'mask', got {plan.fill!r}")
+    if not hasattr(model.layers, "__len__"):
+        raise ValueError(
+            f"expected model.layers to be a sequence, got {type(model.layers).__name__}; unstack the layers"
+        )
     plan.depth.validate(len(model.layers))
     plan.sampler.validate()
 

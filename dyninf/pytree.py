@@ -45,11 +45,10 @@ def _equal(self: Any, other: Any) -> bool:
         return NotImplemented
     leaves, structure = jax.tree.flatten(self)
     other_leaves, other_structure = jax.tree.flatten(other)
-    return structure == other_structure and all(
-        np.array_equal(a, b) for a, b in zip(leaves, other_leaves, strict=True)
-    )
+    return structure == other_structure and all(np.array_equal(a, b) for a, b in zip(leaves, other_leaves, strict=True))
 
 
 def _hash(self: Any) -> int:
+    # Equal values hash alike whatever their types: 1, 1.0 and an array of 1.
     leaves, structure = jax.tree.flatten(self)
-    return hash((structure, tuple(np.asarray(leaf).tobytes() for leaf in leaves)))
+    return hash((structure, tuple((np.shape(leaf), *np.ravel(leaf).tolist()) for leaf in leaves)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dyninf.pytree import pytree
 
@@ -52,8 +53,8 @@ class Temperature(Sampler):
         return logits_BV / self.temperature
 
     def validate(self) -> None:
-        """Raise ValueError unless the temperature is positive."""
-        _require("temperature", self.temperature, 1e-6, float("inf"), "use Greedy() for 0")
+        """Raise ValueError unless the temperature is positive and finite."""
+        _require("temperature", self.temperature, 1e-6, 1e6, "use Greedy() for 0")
 
 
 @pytree(static=("k",))
@@ -72,15 +73,16 @@ class TopK(Sampler):
         return jnp.where(logits_BV < top[:, -1:], -jnp.inf, logits_BV)
 
     def validate(self) -> None:
-        """Raise ValueError unless k is positive."""
-        _require("k", self.k, 1, float("inf"), "keep at least one token")
+        """Raise ValueError unless k is a positive integer."""
+        if not isinstance(self.k, (int, np.integer)) or self.k < 1:
+            raise ValueError(f"expected k to be an integer of at least 1, got {self.k!r}; keep at least one token")
 
 
 @pytree()
 class TopP(Sampler):
     """Keep the smallest set of most probable tokens whose probability reaches p (nucleus sampling).
 
-    Source: Holtzman et al. 2020. The token that crosses p is kept.
+    Source: Holtzman et al. 2020. The token that crosses p is kept, and with it what equals it.
 
     Args:
         p: probability mass kept (0 to 1); 1 keeps everything.
@@ -150,5 +152,8 @@ def chain(*filters: Sampler) -> Chain:
 
 
 def _require(name: str, value: Any, low: float, high: float, hint: str) -> None:
-    if not isinstance(value, jax.core.Tracer) and not low <= float(value) <= high:
-        raise ValueError(f"expected {name} between {low:g} and {high:g}, got {value}; {hint}")
+    if isinstance(value, jax.core.Tracer):
+        return
+    number = np.ndim(value) == 0 and jnp.issubdtype(np.asarray(value).dtype, jnp.number)
+    if not number or not low <= float(value) <= high:
+        raise ValueError(f"expected {name} between {low:g} and {high:g}, got {value!r}; {hint}")

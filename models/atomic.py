@@ -8,7 +8,8 @@ folder steps aside to ``.NAME.replaced`` first and is deleted last; if the proce
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -51,6 +52,24 @@ def replace_folder(path: str | os.PathLike, *, marker: str, overwrite: bool = Fa
             f"expected to write {path}, got: {reason}; free disk space or choose another path, then save again "
             "(what was there before is unchanged)"
         ) from error
+
+
+def reserve(folder: str | os.PathLike, sizes: Iterable[int]) -> None:
+    """Check that files of these sizes (bytes) fit into ``folder`` together, by allocating and deleting them.
+
+    Raises:
+        OSError: if they do not: the disk is too full, or a quota or a limit on file sizes stands in the way.
+    """
+    sizes = list(sizes)
+    need, free = sum(sizes), shutil.disk_usage(folder).free
+    if need > free:
+        raise OSError(f"{need} bytes do not fit into {free} free bytes")
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for i, size in enumerate(sizes):
+            with open(Path(scratch) / str(i), "wb") as stream:
+                os.posix_fallocate(stream.fileno(), 0, size)
 
 
 def current(path: str | os.PathLike) -> Path:

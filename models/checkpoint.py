@@ -1,9 +1,9 @@
 """Our own checkpoints: an orbax folder of arrays with the configuration as JSON beside it.
 
-``dyninf.json`` holds the format number and the :class:`ModelConfig`, ``arrays/`` one orbax array per parameter name,
-``tokenizer.json`` the tokenizer if there is one. Saving fills a new folder and renames it, so that a full disk or a
-killed process never damages the checkpoint that was there. Restoring compares names and shapes with the
-configuration before it reads an array; nothing is ever unpickled.
+``dyninf.json`` holds the format number, the :class:`ModelConfig` and the size of every file, ``arrays/`` one orbax
+array per parameter name, ``tokenizer.json`` the tokenizer if there is one. Saving fills a new folder and renames it,
+so that a full disk or a killed process never damages the checkpoint that was there. Restoring compares file sizes,
+names and shapes with ``dyninf.json`` before it reads an array; nothing is ever unpickled.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from dyninf.models.atomic import current, replace_folder
+from dyninf.models.atomic import current, replace_folder, reserve
 from dyninf.models.config import ModelConfig, RopeScaling
 from dyninf.models.convert import read_json
 from dyninf.models.parameters import abstract_model, named_parameters, with_parameters
@@ -56,9 +56,8 @@ def save(
         raise ValueError(f"expected a tokenizer file, got {tokenizer_file}, which does not exist")
     arrays = named_parameters(model)
     with replace_folder(path, marker=MARKER, overwrite=overwrite) as folder:
-        need, free = sum(array.nbytes for array in arrays.values()), shutil.disk_usage(folder).free
-        if need > free:
-            raise OSError(f"{need} bytes of weights do not fit into {free} free bytes")
+        # Orbax writes from many threads; when the disk fills up under them, each complains for itself. Ask before.
+        reserve(folder, (array.nbytes for array in arrays.values()))
         try:
             with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 checkpointer.save(folder / "arrays", args=ocp.args.StandardSave(arrays))
@@ -66,7 +65,7 @@ def save(
             raise OSError(str(error)) from error
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
-        values = {"format": FORMAT, "config": dataclasses.asdict(model.config)}
+        values = {"format": FORMAT, "config": dataclasses.asdict(model.config), "files": _files(folder / "arrays")}
         (folder / MARKER).write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -88,6 +87,7 @@ def restore(path: str | os.PathLike, dtype: Any = None) -> Transformer:
         )
     config = _config(values.get("config"), path / MARKER)
     expected = named_parameters(abstract_model(config, jnp.float32 if dtype is None else dtype))
+    _check_files(path / "arrays", values.get("files"))
     with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         stored = _stored(checkpointer, path / "arrays")
         _check(path, {name: array.shape for name, array in expected.items()}, stored)
@@ -128,6 +128,23 @@ def _config(values: Any, file: Path) -> ModelConfig:
         return ModelConfig(**values)
     except (TypeError, KeyError) as error:
         raise ValueError(f"expected the configuration of a model in {file}, got {error}") from error
+
+
+def _files(path: Path) -> dict[str, int]:
+    return {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def _check_files(path: Path, expected: Any) -> None:
+    if not isinstance(expected, dict):
+        raise ValueError(f"expected the sizes of the files in {path} in {MARKER}, got {expected!r}")
+    found = _files(path)
+    for name, size in expected.items():
+        if found.get(name) != size:
+            got = "none" if name not in found else f"{found[name]} bytes"
+            raise ValueError(
+                f"expected the file {name} of {size} bytes in {path}, got {got}; the checkpoint is incomplete or "
+                "damaged: use another one"
+            )
 
 
 def _stored(checkpointer: ocp.Checkpointer, path: Path) -> Mapping[str, Any]:

@@ -62,7 +62,10 @@ def load_hf(path: str | os.PathLike, dtype: Any = None) -> Transformer:
     _check(path, layout, stored, config.tie_embeddings)
     dtype = np.dtype(_main_dtype(layout, stored) if dtype is None else dtype)
     model = abstract_model(config, dtype)
-    arrays = {name: _place(_read(fused, stored), fused.axes, dtype) for name, fused in layout.items()}
+    arrays = {}
+    for name, fused in layout.items():
+        # Wait for each: dispatch is asynchronous, and reading ahead would pile up parameters on the host.
+        arrays[name] = jax.block_until_ready(_place(_read(fused, stored), fused.axes, dtype))
     return with_parameters(model, arrays)
 
 

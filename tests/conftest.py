@@ -48,6 +48,23 @@ def pytest_terminal_summary(terminalreporter):
             )
 
 
+@pytest.fixture(scope="session")
+def tiny_model():
+    """A random transformer of 6 layers with sharp predictions that change from layer to layer, so that exits differ."""
+    from dyninf.models import ModelConfig, Transformer
+
+    config = ModelConfig(
+        vocab_size=61, num_layers=6, d_model=24, d_ff=40, num_heads=6, num_kv_heads=2, head_dim=8, max_length=64
+    )
+    sharper = {"embedding": 50, "unembedding": 60, "wqkv": 10, "w_gate_up": 10, "wo": 60, "w_down": 60}
+
+    def scale(path, leaf):
+        names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
+        return leaf * next((sharper[name] for name in names if name in sharper), 1)
+
+    return jax.tree_util.tree_map_with_path(scale, Transformer(config, jax.random.key(0)))
+
+
 @pytest.fixture
 def rng(request):
     """A numpy Generator seeded by the test's name and parameters: the same numbers in any order and any process."""

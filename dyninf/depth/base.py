@@ -108,13 +108,19 @@ def consult(policy: DepthPolicy, state: Any, obs: LayerObs) -> tuple[jax.Array, 
     return jax.lax.cond(asked_L[obs.layer], lambda s: policy.update(s, obs), lambda s: (run, s), state)
 
 
-def require_unit_interval(name: str, value: Any) -> None:
-    """Raise ValueError unless a concrete ``value`` lies in [0, 1]; traced values are not checked."""
+def require_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raise ValueError unless a concrete ``value`` is a number in [low, high]; traced values are not checked."""
     if isinstance(value, jax.core.Tracer):
         return
-    array = np.asarray(value, dtype=np.float64)
-    if not np.all((array >= 0) & (array <= 1)):
-        raise ValueError(f"expected {name} between 0 and 1, got {value}")
+    number = np.ndim(value) == 0 and jnp.issubdtype(np.asarray(value).dtype, jnp.number)
+    if not number or not low <= float(value) <= high:
+        raise ValueError(f"expected {name} to be a number between {low:g} and {high:g}, got {value!r}")
+
+
+def require_integer(name: str, value: Any, low: int, high: int) -> None:
+    """Raise ValueError unless ``value``, which decides a shape, is an integer in [low, high]."""
+    if not isinstance(value, (int, np.integer)) or not low <= value <= high:
+        raise ValueError(f"expected {name} to be an integer between {low} and {high}, got {value!r}")
 
 
 def _replace(obs: LayerObs, **changes: Any) -> LayerObs:

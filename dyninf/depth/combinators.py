@@ -6,15 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dyninf.depth.base import EXIT, DepthPolicy, LayerObs, consult
+from dyninf.depth.base import EXIT, DepthPolicy, LayerObs, consult, require_integer, require_number
 from dyninf.pytree import pytree
 
 
 @pytree(static=("layers", "start", "step"))
 class Restricted(DepthPolicy):
-    """Ask ``policy`` only at some of its decision layers; made by :func:`every`, :func:`after_layer`, :func:`at_layers`.
+    """Ask ``policy`` only at some of its decision layers.
 
-    Elsewhere tokens run on. Restricting to no layer at all is exact.
+    Made by :func:`every`, :func:`after_layer` and :func:`at_layers`. Elsewhere tokens run on. Restricting to no layer at all is exact.
     """
 
     policy: DepthPolicy
@@ -46,13 +46,10 @@ class Restricted(DepthPolicy):
 
     def validate(self, num_layers: int) -> None:
         """Raise ValueError if the restriction or the inner policy does not fit the model."""
-        if self.step < 1:
-            raise ValueError(f"expected to decide every k >= 1 layers, got {self.step}")
-        if not 0 <= self.start <= num_layers:
-            raise ValueError(f"expected a first decision between layers 0 and {num_layers}, got {self.start}")
-        missing = [layer for layer in self.layers or () if not 0 <= layer < num_layers]
-        if missing:
-            raise ValueError(f"expected decision layers between 0 and {num_layers - 1} of this model, got {missing}")
+        require_integer("the layers between decisions", self.step, 1, num_layers)
+        require_integer("the first layer to decide at", self.start, 0, num_layers)
+        for layer in self.layers or ():
+            require_integer("a decision layer of this model", layer, 0, num_layers - 1)
         self.policy.validate(num_layers)
 
 
@@ -143,7 +140,7 @@ class DecayingThreshold(DepthPolicy):
         """Raise ValueError if the inner policy has no threshold or a parameter is out of range."""
         if not hasattr(self.policy, "threshold"):
             raise ValueError(f"expected a policy with a threshold, got {type(self.policy).__name__}")
-        for name, value, low in (("temperature", self.temperature, 0.0), ("length", self.length, 1.0)):
-            if not isinstance(value, jax.core.Tracer) and float(value) < low:
-                raise ValueError(f"expected {name} of at least {low}, got {value}")
+        # An infinite temperature would multiply the first token's index 0 and give NaN.
+        require_number("temperature", self.temperature, 0.0, 1e6)
+        require_number("length", self.length, 1.0, float("inf"))
         self.policy.validate(num_layers)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from dyninf.depth.base import RUN, SKIP, DepthPolicy, LayerObs
+from dyninf.depth.base import RUN, SKIP, DepthPolicy, LayerObs, require_integer, require_number
 from dyninf.pytree import pytree
 
 
@@ -64,15 +64,12 @@ class DepthDecay(DepthPolicy):
         """Raise ValueError if the core is larger than the model or a rate is out of range."""
         if self.kind not in ("power", "linear"):
             raise ValueError(f"expected kind 'power' or 'linear', got {self.kind!r}")
-        if self.flex_start < 0 or self.tail < 0 or not 1 <= self.flex_start + self.tail <= num_layers:
+        require_integer("flex_start", self.flex_start, 0, num_layers)
+        require_integer("tail", self.tail, 0, num_layers)
+        if not 1 <= self.flex_start + self.tail <= num_layers:
             raise ValueError(
                 f"expected flex_start + tail between 1 and {num_layers} layers, got {self.flex_start} + {self.tail}"
             )
-        _require("alpha", self.alpha, 0.0, 1.0)
-        _require("length", self.length, 1.0, float("inf"))
-        _require("min_layers", self.min_layers, 1, num_layers)
-
-
-def _require(name: str, value: Any, low: float, high: float) -> None:
-    if not isinstance(value, jax.core.Tracer) and not low <= float(value) <= high:
-        raise ValueError(f"expected {name} between {low} and {high}, got {value}")
+        require_number("alpha", self.alpha, 0.0, 1.0)
+        require_number("length", self.length, 1.0, float("inf"))
+        require_number("min_layers", self.min_layers, 1, num_layers)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from dyninf.depth.base import EXIT, RUN, DepthPolicy, LayerObs, require_unit_interval
+from dyninf.depth.base import EXIT, RUN, DepthPolicy, LayerObs, require_number
 from dyninf.pytree import pytree
 
 
@@ -40,7 +40,7 @@ class Confidence(DepthPolicy):
         """Raise ValueError unless measure and threshold are in range."""
         if self.measure not in ("max_prob", "margin", "entropy"):
             raise ValueError(f"expected measure 'max_prob', 'margin' or 'entropy', got {self.measure!r}")
-        require_unit_interval("threshold", self.threshold)
+        require_number("threshold", self.threshold, 0.0, 1.0)
 
 
 @pytree()
@@ -72,7 +72,7 @@ class Saturation(DepthPolicy):
 
     def validate(self, num_layers: int) -> None:
         """Raise ValueError unless the threshold is in range."""
-        require_unit_interval("threshold", self.threshold)
+        require_number("threshold", self.threshold, 0.0, 1.0)
 
 
 @pytree()
@@ -107,9 +107,8 @@ class Patience(DepthPolicy):
         return tuple(range(1, num_layers))
 
     def validate(self, num_layers: int) -> None:
-        """Raise ValueError unless patience is a positive number."""
-        if not isinstance(self.patience, jax.core.Tracer) and int(self.patience) < 1:
-            raise ValueError(f"expected patience of at least 1, got {self.patience}")
+        """Raise ValueError unless patience is a number of at least 1."""
+        require_number("patience", self.patience, 1, float("inf"))
 
 
 def confidence(logits_BTV: jax.Array, measure: str) -> jax.Array:
@@ -120,5 +119,6 @@ def confidence(logits_BTV: jax.Array, measure: str) -> jax.Array:
     if measure == "margin":
         top, _ = jax.lax.top_k(log_probs, 2)
         return jnp.exp(top[..., 0]) - jnp.exp(top[..., 1])
-    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+    # A token of probability 0 adds nothing: its logarithm is -inf, their product would be NaN.
+    entropy = -jnp.sum(jnp.where(jnp.isneginf(log_probs), 0.0, jnp.exp(log_probs) * log_probs), axis=-1)
     return 1.0 - entropy / jnp.log(logits_BTV.shape[-1])

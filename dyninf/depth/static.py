@@ -4,7 +4,7 @@ They compile to the kept layers and nothing else. Every decoded token runs the s
 is never read after the prompt and nothing has to be filled in.
 """
 
-from dyninf.depth.base import DepthPolicy
+from dyninf.depth.base import DepthPolicy, require_integer, require_number
 from dyninf.pytree import pytree
 
 
@@ -35,8 +35,7 @@ class ExitAt(DepthPolicy):
 
     def validate(self, num_layers: int) -> None:
         """Raise ValueError unless the exit exists."""
-        if not 1 <= self.layer <= num_layers:
-            raise ValueError(f"expected an exit after 1 to {num_layers} layers of this model, got {self.layer}")
+        require_integer("the number of layers that run", self.layer, 1, num_layers)
 
 
 @pytree(static=("layers", "prompt"))
@@ -68,7 +67,8 @@ class SkipLayers(DepthPolicy):
 
     def validate(self, num_layers: int) -> None:
         """Raise ValueError if a layer does not exist or none is left."""
-        _require_layers(self.layers, num_layers)
+        for layer in self.layers:
+            require_integer("a layer of this model", layer, 0, num_layers - 1)
         if not self.static_layers(num_layers):
             raise ValueError(f"expected at least one layer left to run, got all {num_layers} skipped; skip fewer")
 
@@ -104,14 +104,5 @@ class UnifiedSkip(DepthPolicy):
 
     def validate(self, num_layers: int) -> None:
         """Raise ValueError unless the target can be met."""
-        if num_layers < 2 or not 1 <= self.speedup <= num_layers / 2:
-            raise ValueError(
-                f"expected a target speedup between 1 and {num_layers / 2:g} for {num_layers} layers (two are always "
-                f"kept), got {self.speedup}"
-            )
-
-
-def _require_layers(layers: tuple[int, ...], num_layers: int) -> None:
-    missing = [layer for layer in layers if not 0 <= layer < num_layers]
-    if missing:
-        raise ValueError(f"expected layers between 0 and {num_layers - 1} of this model, got {missing}")
+        # Two layers are always kept.
+        require_number("the target speedup", self.speedup, 1.0, max(1.0, num_layers / 2))

@@ -25,7 +25,7 @@ def prefill_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    lengths_B: jax.Array,
+    lengths_B: jax.Array | None,
     *,
     window: int | None = None,
     keep_BT: jax.Array | None = None,
@@ -36,7 +36,7 @@ def prefill_attention(
     Cost: 4·T²·N·H/2 FLOPs per sequence. Exact.
 
     Args:
-        lengths_B: tokens of each sequence; later tokens are padding.
+        lengths_B: tokens of each sequence; later tokens are padding. ``None`` when nothing is padded.
         window: attend to the last ``window`` tokens only (the query's own included).
         keep_BT: tokens whose keys may be attended; ``None`` for all.
         implementation: ``"cudnn"`` or ``"xla"``; ``None`` takes the fastest that can serve.
@@ -45,12 +45,14 @@ def prefill_attention(
         ``[B, T, N, H]`` in q's dtype. Rows of padding are finite and meaningless.
 
     Raises:
-        ValueError: if shapes do not match.
+        ValueError: if shapes do not match or the window is empty.
         NotImplementedError: if the requested implementation cannot serve.
     """
-    _check(q_BTNH, k_BTKH, v_BTKH)
+    _check(q_BTNH, k_BTKH, v_BTKH, window)
     if q_BTNH.shape[1] != k_BTKH.shape[1]:
         raise ValueError(f"expected as many keys as queries, got {k_BTKH.shape[1]} and {q_BTNH.shape[1]}")
+    _check_shape("lengths [B]", lengths_B, q_BTNH.shape[:1])
+    _check_shape("keep [B, T]", keep_BT, q_BTNH.shape[:2])
     facts = _facts(q_BTNH, k_BTKH, window=window, masked=keep_BT is not None)
     chosen = choose("prefill_attention", PREFILL, implementation, **facts)
     return chosen.run(q_BTNH, k_BTKH, v_BTKH, lengths_B, window=window, keep_BT=keep_BT)
@@ -80,10 +82,12 @@ def decode_attention(
         ``[B, T, N, H]`` in q's dtype; zeros where a query may read nothing.
 
     Raises:
-        ValueError: if shapes do not match.
+        ValueError: if shapes do not match or the window is empty.
         NotImplementedError: if the requested implementation cannot serve.
     """
-    _check(q_BTNH, k_BSKH, v_BSKH)
+    _check(q_BTNH, k_BSKH, v_BSKH, window)
+    _check_shape("positions [B, T]", positions_BT, q_BTNH.shape[:2])
+    _check_shape("valid [B, S]", valid_BS, k_BSKH.shape[:2])
     facts = _facts(q_BTNH, k_BSKH, window=window, masked=valid_BS is not None)
     chosen = choose("decode_attention", DECODE, implementation, **facts)
     return chosen.run(q_BTNH, k_BSKH, v_BSKH, positions_BT, window=window, valid_BS=valid_BS)
@@ -91,7 +95,9 @@ def decode_attention(
 
 def explain_attention(*, head_dim: int, dtype: str, num_queries: int) -> dict[str, list[tuple[str, str | None]]]:
     """Say for both operations which implementation could serve a plain call here, and why the others could not."""
-    common = {"platform": platform(), "dtype": jnp.dtype(dtype), "head_dim": head_dim, "window": None, "masked": False}
+    dtype = jnp.dtype(dtype)
+    common = {"platform": platform(), "dtype": dtype, "kv_dtype": dtype, "head_dim": head_dim}
+    common |= {"window": None, "masked": False}
     return {
         "prefill_attention": explain(PREFILL, **common, num_queries=num_queries, num_keys=num_queries),
         "decode_attention": explain(DECODE, **common, num_queries=1, num_keys=num_queries),
@@ -103,6 +109,7 @@ def _facts(q_BTNH: jax.Array, k_BSKH: jax.Array, *, window: int | None, masked: 
     return {
         "platform": platform(),
         "dtype": q_BTNH.dtype,
+        "kv_dtype": k_BSKH.dtype,
         "head_dim": q_BTNH.shape[-1],
         "window": None if window is not None and window >= num_keys else window,
         "masked": masked,
@@ -111,9 +118,16 @@ def _facts(q_BTNH: jax.Array, k_BSKH: jax.Array, *, window: int | None, masked: 
     }
 
 
-def _check(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> None:
+def _check(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, window: int | None) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"expected a window of at least 1 token, got {window}; use None for full attention")
     shapes = f"got q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}"
     if q_BTNH.ndim != 4 or k_BSKH.ndim != 4 or k_BSKH.shape != v_BSKH.shape:
         raise ValueError(f"expected q [B, T, N, H] and k, v of one shape [B, S, K, H], {shapes}")
     if q_BTNH.shape[0] != k_BSKH.shape[0] or q_BTNH.shape[3] != k_BSKH.shape[3] or q_BTNH.shape[2] % k_BSKH.shape[2]:
         raise ValueError(f"expected one batch and head_dim, and query heads a multiple of key/value heads, {shapes}")
+
+
+def _check_shape(name: str, array: jax.Array | None, shape: tuple[int, ...]) -> None:
+    if array is not None and array.shape != shape:
+        raise ValueError(f"expected {name} of shape {shape}, got {array.shape}")

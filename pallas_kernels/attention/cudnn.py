@@ -10,16 +10,14 @@ import jax
 import jax.numpy as jnp
 
 
-def refuse_prefill(*, platform: str, dtype: Any, head_dim: int, masked: bool, **_: Any) -> str | None:
+def refuse_prefill(*, masked: bool, **facts: Any) -> str | None:
     """Return why cuDNN cannot serve a prefill, or ``None``."""
     if masked:
         return "takes lengths and a causal mask only, not a mask of tokens"
-    return _refuse_always(platform, dtype, head_dim)
+    return _refuse_always(**facts)
 
 
-def refuse_decode(
-    *, platform: str, dtype: Any, head_dim: int, masked: bool, window: int | None, num_queries: int, **_: Any
-) -> str | None:
+def refuse_decode(*, masked: bool, window: int | None, num_queries: int, **facts: Any) -> str | None:
     """Return why cuDNN cannot serve a decode step, or ``None``."""
     if masked:
         return "takes lengths only, not a mask of slots"
@@ -27,7 +25,7 @@ def refuse_decode(
         return "aligns a sliding window to the end of the cache, not to each sequence's length"
     if num_queries != 1:
         return f"decodes one token at a time here, got {num_queries}"
-    return _refuse_always(platform, dtype, head_dim)
+    return _refuse_always(**facts)
 
 
 def prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, *, window=None, keep_BT=None):
@@ -52,17 +50,20 @@ def decode_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT, *, window=None, valid
         k_BSKH,
         v_BSKH,
         query_seq_lengths=jnp.ones_like(lengths_B),
-        key_value_seq_lengths=jnp.maximum(lengths_B, 1),
+        # A sequence that has filled its cache and is done asks for the slot behind the last one.
+        key_value_seq_lengths=jnp.clip(lengths_B, 1, k_BSKH.shape[1]),
         implementation="cudnn",
     )
     return jnp.where((lengths_B > 0)[:, None, None, None], o_BTNH, jnp.zeros((), o_BTNH.dtype))
 
 
-def _refuse_always(platform: str, dtype: Any, head_dim: int) -> str | None:
+def _refuse_always(*, platform: str, dtype: Any, kv_dtype: Any, head_dim: int, **_: Any) -> str | None:
     if platform != "gpu":
         return f"needs an NVIDIA GPU, got platform {platform!r}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"needs bfloat16 or float16, got {jnp.dtype(dtype).name}"
+    if kv_dtype != dtype:
+        return f"needs one dtype everywhere, got {jnp.dtype(dtype).name} queries and {jnp.dtype(kv_dtype).name} keys"
     if head_dim % 8 or head_dim > 256:
         return f"needs head_dim to be a multiple of 8 up to 256, got {head_dim}"
     return None

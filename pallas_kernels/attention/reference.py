@@ -6,7 +6,6 @@ nothing.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 
@@ -19,7 +18,9 @@ def prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, *, window=None, keep_BT
     """See :func:`pallas_kernels.attention.prefill_attention`."""
     length = q_BTNH.shape[1]
     slots = jnp.arange(length)
-    mask_BTS = (slots[None, None, :] <= slots[None, :, None]) & (slots[None, None, :] < lengths_B[:, None, None])
+    mask_BTS = jnp.broadcast_to(slots[None, :] <= slots[:, None], (q_BTNH.shape[0], length, length))
+    if lengths_B is not None:
+        mask_BTS &= slots[None, None, :] < lengths_B[:, None, None]
     if window is not None:
         mask_BTS &= slots[None, None, :] > slots[None, :, None] - window
     if keep_BT is not None:
@@ -52,4 +53,4 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     readable_BS = jnp.any(mask_BTS, axis=1)
     v_BSKH = jnp.where(readable_BS[:, :, None, None], v_BSKH, jnp.zeros((), v_BSKH.dtype))
     o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH)
-    return o_BTKGH.reshape(q_BTNH.shape)
+    return o_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)

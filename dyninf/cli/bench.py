@@ -1,0 +1,188 @@
+"""``dyninf bench``: decode speed of a model, or of a shape with random weights, over plans and batch sizes."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+import dyninf
+from dyninf import models
+from dyninf.cli.common import (
+    DTYPES,
+    add_model_options,
+    check_output,
+    check_positive,
+    default_dtype,
+    model_name,
+    progress,
+    table_console,
+)
+from dyninf.cli.decoding import bytes_per_step, decode_steps, random_state
+from dyninf.cli.plan_options import read_plans
+from dyninf.configs.models import shapes
+from dyninf.timing import device_name, measure
+
+EXAMPLES = """\
+examples:
+  dyninf bench --shape tiny --batch 1,4 --context 256
+  dyninf bench --shape llama3-8b --batch 1,8 --context 2048 --plans dense,unified_skip --jsonl rows.jsonl
+
+The cache and the tokens fed are random, so plans that look at the text mostly run every layer here: this measures
+what a step costs. "dyninf compare" measures what a plan saves on real text.
+"""
+
+
+def add(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="decode speed of a model or a shape",
+        description="Time decode steps in one program on the device, with warm-up.",
+        epilog=EXAMPLES,
+    )
+    add_model_options(parser)
+    parser.add_argument("--shape", metavar="NAME", help=f"random weights of a known shape: {', '.join(shapes())}")
+    parser.add_argument("--plans", default="dense", metavar="A,B", help="named plans, as for compare (default: dense)")
+    parser.add_argument("--batch", default="1", metavar="B,B", help="batch sizes (default: 1)")
+    parser.add_argument(
+        "--context", type=int, default=512, metavar="S", help="cache slots, filled at the end (default: 512)"
+    )
+    parser.add_argument("--steps", type=int, default=64, help="decode steps in each run (default: 64)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs that count, after one that compiles (default: 5)")
+    parser.add_argument("--jsonl", metavar="FILE", help='append one JSON object a row; "-" prints them, not the table')
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Time every plan at every batch size and print the rows."""
+    batches = _integers(arguments.batch)
+    check_positive(steps=arguments.steps, repeats=arguments.repeats, batch=min(batches))
+    if arguments.steps >= arguments.context:
+        raise ValueError(f"expected --context above --steps, got {arguments.context} and {arguments.steps}")
+    if arguments.jsonl != "-":
+        check_output(arguments.jsonl)
+    dtype = arguments.dtype or default_dtype()
+    name, model = _model(arguments, dtype)
+    if arguments.context > model.config.max_length:
+        raise ValueError(f"expected --context up to {model.config.max_length} for {name}, got {arguments.context}")
+    plans = read_plans(arguments.plans, len(model.layers))
+    for plan in plans.values():
+        dyninf.check(plan, model)
+    rows = []
+    with progress() as bar:
+        for batch, plan_name in bar.track([(b, p) for b in batches for p in plans], description="decoding"):
+            timed = _time(model, plans[plan_name], batch, arguments)
+            rows.append({"bench": "decode", "model": name, "plan": plan_name, "dtype": dtype, "batch": batch, **timed})
+    about = _about(model)
+    for row in rows:
+        dense = [other for other in rows if other["plan"] == "dense" and other["batch"] == row["batch"]]
+        row["speedup"] = dense[0]["median_ms"] / row["median_ms"] if dense else None
+        row |= about
+    if arguments.jsonl is not None:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        if arguments.jsonl == "-":
+            sys.stdout.write(lines)
+            return 0
+        with Path(arguments.jsonl).open("a", encoding="utf-8") as file:
+            file.write(lines)
+    _print(name, rows)
+    return 0
+
+
+def _time(model: models.Transformer, plan: dyninf.Plan, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    steps, context = arguments.steps, arguments.context
+    key = jax.random.key(0)
+    start = random_state(model, plan, batch=batch, length=context - steps, capacity=context, key=key)
+    tokens_NB = jax.random.randint(jax.random.fold_in(key, 1), (steps, batch), 0, model.config.vocab_size)
+    spent = []
+
+    def decode(state: dyninf.DecodeState) -> Any:
+        spent[:] = [decode_steps(model, state, plan, tokens_NB)[1]]
+        return spent
+
+    timing = measure(decode, warmup=1, repeats=arguments.repeats, setup=lambda: jax.tree.map(jnp.copy, start))
+    timing, means = timing.per(steps), dyninf.summarize(spent[0])
+    num_bytes = bytes_per_step(model, means, batch)
+    return {
+        "context": context,
+        "steps": steps,
+        "median_ms": 1000 * timing.median,
+        "p10_ms": 1000 * timing.p10,
+        "p90_ms": 1000 * timing.p90,
+        "tokens_per_s": batch / timing.median,
+        "layers_needed": means["layers_needed"],
+        "layers_run": means["layers_run"],
+        "bytes_per_step": num_bytes,
+        "achieved_gb_s": num_bytes / timing.median / 1e9,
+    }
+
+
+def _model(arguments: argparse.Namespace, dtype: str) -> tuple[str, models.Transformer]:
+    if arguments.shape is None:
+        name = model_name(arguments.model)
+        return name, models.load(name, dtype=DTYPES[dtype])
+    if arguments.model is not None:
+        raise ValueError("expected --model or --shape, got both")
+    if arguments.shape not in shapes():
+        raise ValueError(f"expected a shape among {', '.join(shapes())}, got {arguments.shape!r}")
+    return arguments.shape, models.Transformer(shapes()[arguments.shape], jax.random.key(0), DTYPES[dtype])
+
+
+def _about(model: models.Transformer) -> dict[str, Any]:
+    config = model.config
+    names = ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+    return {
+        "shapes": {name: getattr(config, name) for name in names},
+        "device": device_name(),
+        "jax": jax.__version__,
+        "dyninf": dyninf.__version__,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that this code runs from, ``None`` where it was installed."""
+    root = Path(dyninf.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"expected batch sizes such as 1,8, got {text!r}") from None
+    return list(np.unique(values).tolist())
+
+
+def _print(name: str, rows: list[dict[str, Any]]) -> None:
+    about = rows[0]
+    title = f"{name}, {about['dtype']}, {about['context']} slots, on {about['device']}, jax {about['jax']}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("plan")
+    for column in ("batch", "ms/step", "p10", "p90", "tokens/s", "layers run", "GB/s", "speed-up"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["plan"],
+            str(row["batch"]),
+            *(f"{row[name]:.3f}" for name in ("median_ms", "p10_ms", "p90_ms")),
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['layers_run']:.2f}",
+            f"{row['achieved_gb_s']:.1f}",
+            "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
+        )
+    table_console().print(table)

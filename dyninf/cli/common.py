@@ -1,0 +1,104 @@
+"""What several commands share: the model they load, the number format it runs in, and where they print."""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from tokenizers import Tokenizer
+
+from dyninf import models
+
+PLAIN_WIDTH = 160  # columns of a table that does not go to a terminal
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model, its tokenizer and the folder both came from."""
+
+    name: str
+    folder: Path
+    dtype: str
+    model: models.Transformer
+    tokenizer: Tokenizer
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model`` and ``--dtype``."""
+    parser.add_argument(
+        "--model", metavar="NAME_OR_FOLDER", help="a shipped model, or a folder with a checkpoint (default: shipped)"
+    )
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), help="dtype of the weights (default: float32 on CPU, else bfloat16)"
+    )
+
+
+def default_dtype() -> str:
+    """Return the dtype that models run in here: float32 on CPUs, which have no fast bfloat16, else bfloat16."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def model_name(requested: str | None) -> str:
+    """Return the model asked for, or the first shipped one.
+
+    Raises:
+        ValueError: if none was asked for and none is shipped.
+    """
+    if requested is not None:
+        return requested
+    if not models.available():
+        raise ValueError("expected a shipped model, found none in this installation; give the folder of one: --model")
+    return models.available()[0]
+
+
+def model_folder(name: str) -> Path:
+    """Return the folder of a model; a path that exists wins over a shipped name, as in ``dyninf.models.load``."""
+    return Path(name) if Path(name).is_dir() else Path(models.__file__).parent / "pretrained" / name
+
+
+def load(arguments: argparse.Namespace) -> Loaded:
+    """Load the model and tokenizer that the options name."""
+    name = model_name(arguments.model)
+    dtype = arguments.dtype or default_dtype()
+    model = models.load(name, dtype=DTYPES[dtype])
+    tokenizer = models.load_tokenizer(name)
+    return Loaded(name=name, folder=model_folder(name), dtype=dtype, model=model, tokenizer=tokenizer)
+
+
+def table_console() -> Console:
+    """Return the console for tables: the width of the terminal, or wide enough that a file gets whole lines."""
+    console = Console(file=sys.stdout, highlight=False)
+    return console if console.is_terminal else Console(file=sys.stdout, highlight=False, width=PLAIN_WIDTH)
+
+
+def progress() -> Progress:
+    """Return a progress display on stderr that disappears when done; nothing where stderr is no terminal."""
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def bucket(length: int, limit: int) -> int:
+    """Return the padded length of a text: the next power of two from 16 on, so that compilations are shared."""
+    padded = 16
+    while padded < length:
+        padded *= 2
+    return max(length, min(padded, limit))
+
+
+def check_output(file: str | None) -> None:
+    """Raise ValueError, before any work, if a file to write could not be created where it is asked for."""
+    if file is not None and (not Path(file).resolve().parent.is_dir() or Path(file).is_dir()):
+        raise ValueError(f"expected a file in a folder that exists, got {file!r}")
+
+
+def check_positive(**values: int | None) -> None:
+    """Raise ValueError unless every number that was given is at least 1."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"expected --{name.replace('_', '-')} of at least 1, got {value}")

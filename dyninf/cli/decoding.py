@@ -1,0 +1,108 @@
+"""Decode on the device for a fixed number of steps: what ``compare`` and ``bench`` time.
+
+The steps are those of ``dyninf.generate``, in one program with the state donated. Given tokens replace the sampled
+ones, so that every plan decodes the same text.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dyninf
+from dyninf.model import CausalLM, kv_shape, vocab_size
+from dyninf.timing import Timing, measure
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Excerpt:
+    """A piece of text to decode: the prompt ``[P]`` and the tokens ``[N]`` that follow it."""
+
+    prompt: np.ndarray
+    following: np.ndarray
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def decode_steps(
+    model: CausalLM, state: dyninf.DecodeState, plan: dyninf.Plan, tokens_NB: jax.Array
+) -> tuple[dyninf.DecodeState, dyninf.StepStats]:
+    """Run N decode steps that are fed the given tokens; return the state and the statistics of every step."""
+
+    def body(state: dyninf.DecodeState, token_B: jax.Array) -> tuple[dyninf.DecodeState, dyninf.StepStats]:
+        return dyninf.decode_step(model, dataclasses.replace(state, token=token_B), plan)
+
+    return jax.lax.scan(body, state, tokens_NB)
+
+
+def time_excerpt(
+    model: CausalLM, plan: dyninf.Plan, excerpt: Excerpt, *, warmup: int, repeats: int
+) -> tuple[Timing, dict[str, float]]:
+    """Decode one excerpt at batch 1; return seconds per token and the summary of ``dyninf.summarize``."""
+    count = len(excerpt.following)
+    spec = dyninf.CacheSpec(capacity=len(excerpt.prompt) + count + 1)
+    tokens = jnp.asarray(excerpt.prompt[None], jnp.int32)
+    lengths = jnp.asarray([len(excerpt.prompt)], jnp.int32)
+    following_NB = jnp.asarray(excerpt.following[:, None], jnp.int32)
+    spent = []
+
+    def run(state: dyninf.DecodeState) -> dyninf.StepStats:
+        _, stats = decode_steps(model, state, plan, following_NB)
+        spent.append(stats)
+        return stats
+
+    def setup() -> dyninf.DecodeState:
+        return _prefill(model, tokens, lengths, plan, spec, jax.random.key(0))
+
+    timing = measure(run, warmup=warmup, repeats=repeats, setup=setup)
+    return timing.per(count), dyninf.summarize(spent[-1])
+
+
+@functools.partial(jax.jit, static_argnames=("spec",))
+def _prefill(model, tokens, lengths, plan, spec, key):
+    return dyninf.prefill(model, tokens, lengths, plan, spec, key)[1]
+
+
+def random_state(
+    model: CausalLM, plan: dyninf.Plan, *, batch: int, length: int, capacity: int, key: jax.Array
+) -> dyninf.DecodeState:
+    """Return a state as a prefill of ``length`` tokens would leave it, with random keys, values and tokens."""
+    spec = dyninf.CacheSpec(capacity=capacity)
+    tokens, lengths = jnp.zeros((batch, 1), jnp.int32), jnp.ones(batch, jnp.int32)
+    like = jax.eval_shape(lambda m, p: dyninf.prefill(m, tokens, lengths, p, spec, key)[1], model, plan)
+    leaves, structure = jax.tree.flatten(like.cache.layers)
+    filled = []
+    for leaf, leaf_key in zip(leaves, jax.random.split(key, len(leaves)), strict=True):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            filled.append(jax.random.normal(leaf_key, leaf.shape, leaf.dtype))
+        else:  # which slots hold a key [B, S]
+            filled.append(jnp.broadcast_to(jnp.arange(capacity) < length, leaf.shape).astype(leaf.dtype))
+    return dyninf.DecodeState(
+        token=jax.random.randint(key, (batch,), 0, vocab_size(model)),
+        cache=dyninf.KVCache(layers=jax.tree.unflatten(structure, filled), length=jnp.full(batch, length, jnp.int32)),
+        depth=plan.depth.init((batch, 1)),
+        key=jax.random.split(key, batch),
+        done=jnp.zeros(batch, bool),
+        step=jnp.int32(1),
+        stop=jnp.zeros(like.stop.shape, jnp.int32),
+        recent=jnp.zeros(like.recent.shape, jnp.int32),
+    )
+
+
+def bytes_per_step(model: CausalLM, means: dict[str, float], batch: int) -> float:
+    """Return the bytes that a decode step cannot do without: layers run, one readout, and the keys and values read.
+
+    Args:
+        means: of the steps, by ``dyninf.summarize``.
+    """
+    layers = sum(_size(layer) for layer in model.layers) / len(model.layers)
+    tied = getattr(model, "unembedding", None) is None
+    readout = _size(model.embedding if tied else model.unembedding)
+    entry = kv_shape(model)
+    cache = 2 * batch * means["kv_read"] * entry.size * entry.dtype.itemsize
+    return means["layers_run"] * (layers + cache) + readout
+
+
+def _size(tree: object) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
