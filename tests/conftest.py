@@ -4,17 +4,24 @@ Tests run on the CPU unless JAX_PLATFORMS says otherwise (make test-gpu sets it)
 matrix products run at the highest precision, and warnings are errors (pyproject.toml).
 """
 
+import dataclasses
 import importlib.util
 import os
 import zlib
+from typing import Any
 
 # Read by jax and libtpu when they are imported: do not look for accelerators that the default run does not use.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from dyninf import CacheSpec, Greedy, decode_step, forward, prefill, pytree
+from dyninf.models import ModelConfig, Transformer
+from dyninf.sampling import Sampler
 
 # importable modules -> (extra that installs them, what is skipped without them)
 OPTIONAL = {
@@ -48,11 +55,15 @@ def pytest_terminal_summary(terminalreporter):
             )
 
 
+@pytest.fixture
+def rng(request):
+    """A numpy Generator seeded by the test's name and parameters: the same numbers in any order and any process."""
+    return np.random.default_rng(zlib.crc32(request.node.name.encode()))
+
+
 @pytest.fixture(scope="session")
 def tiny_model():
     """A random transformer of 6 layers with sharp predictions that change from layer to layer, so that exits differ."""
-    from dyninf.models import ModelConfig, Transformer
-
     config = ModelConfig(
         vocab_size=61, num_layers=6, d_model=24, d_ff=40, num_heads=6, num_kv_heads=2, head_dim=8, max_length=64
     )
@@ -65,7 +76,80 @@ def tiny_model():
     return jax.tree_util.tree_map_with_path(scale, Transformer(config, jax.random.key(0)))
 
 
-@pytest.fixture
-def rng(request):
-    """A numpy Generator seeded by the test's name and parameters: the same numbers in any order and any process."""
-    return np.random.default_rng(zlib.crc32(request.node.name.encode()))
+@pytest.fixture(scope="session")
+def roll(tiny_model):
+    """Decode under a plan and keep everything: see :class:`Roll`."""
+    return Roll(tiny_model)
+
+
+@dataclasses.dataclass
+class Rollout:
+    """What a plan did: tokens ``[B, 1 + n]``, logits ``[B, 1 + n, V]``, counts of n decode steps, the last state."""
+
+    tokens: np.ndarray
+    logits: np.ndarray
+    stats: Any
+    state: Any
+
+
+@pytree(static=("seen",))
+class Tap(Sampler):
+    """Take the most probable token and keep the logits for the function that is being traced."""
+
+    seen: Any
+
+    def __call__(self, logits_BV, key_B):
+        self.seen.append(logits_BV)
+        return Greedy()(logits_BV, key_B)
+
+
+class Roll:
+    """Decode greedily, one step at a time; every call of the same shapes uses the same compiled programs."""
+
+    capacity = 20
+    steps = 6
+
+    def __init__(self, model):
+        # Compiling takes nearly all the time of these tests.
+        quick = {"xla_backend_optimization_level": 0}
+        self.model = model
+        self.spec = CacheSpec(capacity=self.capacity)
+        self.prefill = jax.jit(prefill, static_argnames=("spec",), compiler_options=quick)
+        self.forward = jax.jit(forward, static_argnames=("driver",), compiler_options=quick)
+        self.step = jax.jit(self._step, static_argnames=("driver",), compiler_options=quick)
+
+    @staticmethod
+    def _step(model, state, plan, driver):
+        seen = []
+        state, stats = decode_step(model, state, dataclasses.replace(plan, sampler=Tap(seen=seen)), driver=driver)
+        return state, stats, seen[0]
+
+    @property
+    def traces(self):
+        """How many programs were traced so far."""
+        return self.prefill._cache_size() + self.step._cache_size()
+
+    def __call__(self, plan, tokens, lengths, *, driver=None, edit=lambda state, step: state):
+        """Decode ``steps`` tokens after the first; ``edit(state, step)`` may change the state before each step."""
+        keys = jax.random.split(jax.random.key(1), len(tokens))
+        first, state = self.prefill(self.model, jnp.asarray(tokens), jnp.asarray(lengths), plan, self.spec, keys)
+        chosen, logits, counts = [state.token], [first], []
+        for step in range(self.steps):
+            state, stats, after = self.step(self.model, edit(state, step), plan, driver)
+            chosen, logits, counts = [*chosen, state.token], [*logits, after], [*counts, stats]
+        stats = jax.tree.map(lambda *leaves: np.stack(leaves), *counts)
+        return Rollout(tokens=np.stack(chosen, 1), logits=np.stack(logits, 1), stats=stats, state=state)
+
+    def empty(self, state):
+        """Mark the slots of every layer that hold nothing yet ``[L, B, S]``."""
+        unused = np.arange(self.capacity)[None] >= np.asarray(state.cache.length)[:, None]
+        return np.repeat(unused[None], len(state.cache.layers), axis=0)
+
+    def poison(self, state, entries_LBS):
+        """Put NaN into the keys and values of the marked entries."""
+        layers = []
+        for cache, entries_BS in zip(state.cache.layers, entries_LBS, strict=True):
+            bad = jnp.asarray(entries_BS)[:, :, None, None]
+            k, v = jnp.where(bad, jnp.nan, cache.k), jnp.where(bad, jnp.nan, cache.v)
+            layers.append(dataclasses.replace(cache, k=k, v=v))
+        return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=tuple(layers)))

@@ -6,14 +6,13 @@ float32 rounding, tokens and counts exactly. Thresholds are set where this rando
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dyninf import CacheSpec, Greedy, Plan, decode_step, forward, generate, prefill, pytree
+from dyninf import Greedy, Plan, decode_step, generate, pytree
 from dyninf.configs.plans import plans
 from dyninf.depth import (
     Confidence,
@@ -27,64 +26,16 @@ from dyninf.depth import (
     Saturation,
     SkipLayers,
     UnifiedSkip,
+    every,
 )
-from dyninf.sampling import Sampler
 
-L, V, B, T, STEPS, CAPACITY = 6, 61, 3, 7, 6, 20
+L, V, B, T, STEPS = 6, 61, 3, 7, 6
 LENGTHS = np.array([7, 4, 5])
 NAMES = sorted(plans(L))
 STATIC = {name for name in NAMES if plans(L)[name].depth.static_layers(L) is not None}
-NESTED = {name for name in NAMES if plans(L)[name].depth.nested}
 ALONE = ("decay_power", "dense", "exit_confidence_masked", "exit_first_of")  # one plan of each kind, to save time
 DRIVERS = ("segments", "masked", "scan")
-QUICK = {"xla_backend_optimization_level": 0}  # compiling takes nearly all the time here
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits reach 30; the same sums in another order
-
-
-@pytree(static=("seen",))
-class Tap(Sampler):
-    """Take the most probable token and keep the logits for the function that is being traced."""
-
-    seen: Any
-
-    def __call__(self, logits_BV, key_B):
-        self.seen.append(logits_BV)
-        return Greedy()(logits_BV, key_B)
-
-
-@functools.partial(jax.jit, static_argnames=("spec",), compiler_options=QUICK)
-def run_prefill(model, tokens, lengths, plan, spec, keys):
-    return prefill(model, tokens, lengths, plan, spec, keys)
-
-
-@functools.partial(jax.jit, static_argnames=("driver",), compiler_options=QUICK)
-def run_step(model, state, plan, driver):
-    seen = []
-    state, stats = decode_step(model, state, dataclasses.replace(plan, sampler=Tap(seen=seen)), driver=driver)
-    return state, stats, seen[0]
-
-
-@dataclasses.dataclass
-class Rollout:
-    """What a plan did: tokens ``[B, 1 + STEPS]``, logits ``[B, 1 + STEPS, V]``, counts ``[STEPS, ...]``, last state."""
-
-    tokens: np.ndarray
-    logits: np.ndarray
-    stats: Any
-    state: Any
-
-
-def roll(model, plan, tokens, lengths, *, driver=None, steps=STEPS, edit=lambda state, step: state):
-    """Decode greedily; ``edit(state, step)`` may change the state before each step."""
-    keys = jax.random.split(jax.random.key(1), len(tokens))
-    spec = CacheSpec(capacity=CAPACITY)
-    first, state = run_prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), plan, spec, keys)
-    chosen, logits, counts = [state.token], [first], []
-    for step in range(steps):
-        state, stats, after = run_step(model, edit(state, step), plan, driver)
-        chosen, logits, counts = [*chosen, state.token], [*logits, after], [*counts, stats]
-    stats = jax.tree.map(lambda *leaves: np.stack(leaves), *counts)
-    return Rollout(tokens=np.stack(chosen, 1), logits=np.stack(logits, 1), stats=stats, state=state)
 
 
 def assert_same(got, want, rows=slice(None)):
@@ -99,7 +50,7 @@ def at_work(name):
     changed = {
         "decay_power": lambda depth: dataclasses.replace(depth, alpha=0.85),
         "decay_linear": lambda depth: dataclasses.replace(depth, length=6.0),
-        "exit_saturation": lambda depth: dataclasses.replace(depth, policy=Saturation(threshold=0.75)),
+        "exit_saturation": lambda depth: dataclasses.replace(depth, policy=Saturation(threshold=0.9)),
     }
     return dataclasses.replace(plan, depth=changed.get(name, lambda depth: depth)(plan.depth))
 
@@ -133,22 +84,6 @@ def everything(policy):
     raise ValueError(f"expected a known policy, got {policy}; say here which setting of it runs every layer")
 
 
-def poisoned(state, entries_LBS):
-    """Put NaN into the keys and values of the marked entries of the cache."""
-
-    def poison(cache, bad_BS):
-        bad = jnp.asarray(bad_BS)[:, :, None, None]
-        return dataclasses.replace(cache, k=jnp.where(bad, jnp.nan, cache.k), v=jnp.where(bad, jnp.nan, cache.v))
-
-    layers = tuple(poison(cache, bad) for cache, bad in zip(state.cache.layers, entries_LBS, strict=True))
-    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=layers))
-
-
-def empty_slots(state):
-    """Mark the slots of every layer that hold nothing yet ``[L, B, S]``."""
-    return np.broadcast_to(np.arange(CAPACITY)[None] >= np.asarray(state.cache.length)[:, None], (L, B, CAPACITY))
-
-
 def abstract(leaf):
     return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)
 
@@ -169,13 +104,13 @@ def plan(name):
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model, plan, prompts):
-    return roll(tiny_model, plan, prompts, LENGTHS)
+def base(roll, plan, prompts):
+    return roll(plan, prompts, LENGTHS)
 
 
 @pytest.fixture(scope="module")
-def dense(tiny_model, prompts):
-    return roll(tiny_model, Plan(), prompts, LENGTHS)
+def dense(roll, prompts):
+    return roll(Plan(), prompts, LENGTHS)
 
 
 def test_plan_saves_something(name, base):
@@ -185,17 +120,17 @@ def test_plan_saves_something(name, base):
     assert len(depths) > 2 or name in STATIC
 
 
-def test_full_budget_is_dense(tiny_model, plan, prompts, dense):
+def test_full_budget_is_dense(roll, plan, prompts, dense):
     full = dataclasses.replace(plan, depth=everything(plan.depth))
-    assert_same(roll(tiny_model, full, prompts, LENGTHS), dense)
+    assert_same(roll(full, prompts, LENGTHS), dense)
 
 
-def test_new_threshold_and_rebuilt_plan_are_not_traced_again(tiny_model, name, plan, prompts, base):
-    before = run_prefill._cache_size(), run_step._cache_size()
-    assert_same(roll(tiny_model, at_work(name), prompts, LENGTHS), base)
+def test_new_threshold_and_rebuilt_plan_are_not_traced_again(roll, name, plan, prompts, base):
+    before = roll.traces
+    assert_same(roll(at_work(name), prompts, LENGTHS), base)
     lower = jax.tree.map(lambda leaf: 0.9 * leaf if isinstance(leaf, float) else leaf, plan)
-    roll(tiny_model, lower, prompts, LENGTHS)
-    assert (run_prefill._cache_size(), run_step._cache_size()) == before
+    roll(lower, prompts, LENGTHS)
+    assert roll.traces == before
 
 
 def test_state_types_are_a_fixed_point(tiny_model, name, plan, base):
@@ -209,46 +144,46 @@ def test_state_types_are_a_fixed_point(tiny_model, name, plan, base):
         ]
 
 
-def test_permuting_the_batch_permutes_the_output(tiny_model, plan, prompts, base):
+def test_permuting_the_batch_permutes_the_output(roll, plan, prompts, base):
     order = np.array([2, 0, 1])
-    assert_same(roll(tiny_model, plan, prompts[order], LENGTHS[order]), base, order)
+    assert_same(roll(plan, prompts[order], LENGTHS[order]), base, order)
 
 
-def test_neighbours_change_nothing(tiny_model, plan, prompts, base):
+def test_neighbours_change_nothing(roll, plan, prompts, base):
     others = np.random.default_rng(5).integers(0, V, (B, T))
     others[1] = prompts[1]
-    got = roll(tiny_model, plan, others, np.array([2, LENGTHS[1], 6]))
+    got = roll(plan, others, np.array([2, LENGTHS[1], 6]))
     np.testing.assert_array_equal(got.tokens[1], base.tokens[1])
     np.testing.assert_allclose(got.logits[1], base.logits[1], **CLOSE)
     np.testing.assert_array_equal(got.stats.needed[:, 1], base.stats.needed[:, 1])
 
 
 @pytest.mark.parametrize("alone", ALONE)
-def test_a_sequence_alone_is_the_sequence_in_its_batch(tiny_model, alone, prompts):
+def test_a_sequence_alone_is_the_sequence_in_its_batch(roll, alone, prompts):
     plan = at_work(alone)
-    base = roll(tiny_model, plan, prompts, LENGTHS)
+    base = roll(plan, prompts, LENGTHS)
     for row in range(B):
-        assert_same(roll(tiny_model, plan, prompts[[row]], LENGTHS[[row]]), base, [row])
+        assert_same(roll(plan, prompts[[row]], LENGTHS[[row]]), base, [row])
 
 
-def test_padding_changes_nothing(tiny_model, plan, prompts, base):
+def test_padding_changes_nothing(roll, plan, prompts, base):
     random = np.random.default_rng(6).integers(0, V, (B, T + 4))
     real = np.arange(T)[None] < LENGTHS[:, None]
     random[:, :T] = np.where(real, prompts, random[:, :T])
-    assert_same(roll(tiny_model, plan, random, LENGTHS), base)
+    assert_same(roll(plan, random, LENGTHS), base)
 
 
-def test_poisoned_empty_slots_change_nothing(tiny_model, plan, prompts, base):
-    got = roll(tiny_model, plan, prompts, LENGTHS, edit=lambda state, step: poisoned(state, empty_slots(state)))
+def test_poisoned_empty_slots_change_nothing(roll, plan, prompts, base):
+    got = roll(plan, prompts, LENGTHS, edit=lambda state, step: roll.poison(state, roll.empty(state)))
     np.testing.assert_array_equal(got.logits, base.logits)
 
 
-def test_a_finished_neighbour_changes_nothing_and_costs_nothing(tiny_model, plan, prompts, base):
+def test_a_finished_neighbour_changes_nothing_and_costs_nothing(roll, plan, prompts, base):
     def finish(state, step):
-        state = poisoned(state, empty_slots(state))
+        state = roll.poison(state, roll.empty(state))
         return dataclasses.replace(state, done=state.done.at[1].set(True))
 
-    got = roll(tiny_model, plan, prompts, LENGTHS, edit=finish)
+    got = roll(plan, prompts, LENGTHS, edit=finish)
     for row in (0, 2):
         np.testing.assert_allclose(got.logits[row], base.logits[row], **CLOSE)
         np.testing.assert_array_equal(got.stats.needed[:, row], base.stats.needed[:, row])
@@ -264,9 +199,9 @@ def test_counts_are_ordered(base, name):
     np.testing.assert_array_equal(base.stats.run, base.stats.needed.max(axis=1))
 
 
-def test_the_drivers_agree(tiny_model, name, plan, prompts, base):
+def test_the_drivers_agree(roll, name, plan, prompts, base):
     for driver in (*DRIVERS, *(["unrolled"] if name in STATIC else [])):
-        got = roll(tiny_model, plan, prompts, LENGTHS, driver=driver)
+        got = roll(plan, prompts, LENGTHS, driver=driver)
         assert_same(got, base)
         np.testing.assert_array_equal(got.stats.run, L if driver in ("masked", "scan") else base.stats.run)
 
@@ -277,77 +212,14 @@ def test_teacher_forcing_is_decoding(tiny_model, name, plan, prompts, base):
         text[row, :length] = prompts[row, :length]
         text[row, length : length + STEPS] = base.tokens[row, :STEPS]
     for driver in ("masked", "segments", "scan") if name in ("exit_confidence_masked", "unified_skip") else ("masked",):
-        out = jax.jit(functools.partial(forward, driver=driver), compiler_options=QUICK)(
-            tiny_model,
-            jnp.asarray(text),
-            plan,
-            lengths=jnp.asarray(LENGTHS + STEPS),
-            prompt_lengths=jnp.asarray(LENGTHS),
-        )
+        sizes = {"lengths": jnp.asarray(LENGTHS + STEPS), "prompt_lengths": jnp.asarray(LENGTHS)}
+        out = roll.forward(roll.model, jnp.asarray(text), plan, driver=driver, **sizes)
         for row, length in enumerate(LENGTHS):
             logits = np.asarray(out.logits)[row, length - 1 : length + STEPS]
             np.testing.assert_allclose(logits, base.logits[row], **CLOSE)
             needed = np.asarray(out.needed)[row, length : length + STEPS]
             np.testing.assert_array_equal(needed, base.stats.needed[:, row])
             assert (np.asarray(out.needed)[row, length + STEPS :] == 0).all()
-
-
-def skipped_by(policy, step):
-    """The layers that generated token ``step`` does not run under a nested policy, from the rule on paper."""
-    match policy:
-        case DepthDecay():
-            if policy.kind == "power":
-                count = int(L * policy.alpha**step + 1e-4)
-            else:
-                count = int(L - (L - policy.min_layers) * step / policy.length + 1e-4)
-            count = max(count, policy.min_layers)
-            return range(policy.flex_start, policy.flex_start + L - count)
-        case ExitAt():
-            return range(policy.layer, L)
-        case SkipLayers():
-            return policy.layers
-        case UnifiedSkip():  # half of six: layers 0, 3 and the last
-            return (1, 2, 4)
-    return ()
-
-
-@pytest.mark.parametrize("nested", sorted(NESTED))
-def test_nested_schedules_never_read_what_is_missing(tiny_model, nested, prompts):
-    plan = at_work(nested)
-    want = roll(tiny_model, plan, prompts, LENGTHS)
-
-    def poison_skipped(state, step, reach=0):
-        """Poison what the tokens before ``step`` skipped; ``reach`` more layers of the last of them."""
-        bad = empty_slots(state).copy()
-        for layer in [] if step else set(range(L)) - set(plan.depth.prefill_layers(L)):
-            bad[layer] = True
-        if step:
-            depth = len(skipped_by(plan.depth, step - 1))
-            assert (want.stats.needed[step - 1] == L - depth).all()
-            rows, slots = np.arange(B), np.asarray(state.cache.length) - 1
-            ran = [layer for layer in range(L) if layer not in skipped_by(plan.depth, step - 1)]
-            for layer in [*skipped_by(plan.depth, step - 1), *ran[:reach]]:
-                bad[layer, rows, slots] = True
-        return poisoned(state, bad)
-
-    np.testing.assert_array_equal(roll(tiny_model, plan, prompts, LENGTHS, edit=poison_skipped).logits, want.logits)
-    one_more = functools.partial(poison_skipped, reach=1)
-    assert np.isnan(roll(tiny_model, plan, prompts, LENGTHS, edit=one_more).logits).any(), "poison was not read"
-
-
-def test_masked_fill_never_reads_what_is_missing(tiny_model, prompts):
-    plan = at_work("exit_confidence_masked")
-    want = roll(tiny_model, plan, prompts, LENGTHS)
-    holes = []
-
-    def poison_holes(state, step):
-        missing = np.stack([~np.asarray(cache.valid) for cache in state.cache.layers])
-        holes.append((missing & ~empty_slots(state)).sum())
-        return poisoned(state, missing)
-
-    np.testing.assert_array_equal(roll(tiny_model, plan, prompts, LENGTHS, edit=poison_holes).logits, want.logits)
-    # Every layer that a token did not need is one hole, and nothing else is.
-    np.testing.assert_array_equal(np.diff(holes), (L - want.stats.needed[:-1]).sum(axis=1))
 
 
 @pytest.mark.parametrize("num_layers", [4, 5, 6, 8, 12, 16, 32])
@@ -375,7 +247,7 @@ def test_a_sweep_of_eight_thresholds_is_traced_once(tiny_model, prompts, sweep):
 
     mean_depth = []
     for threshold in sweep:
-        plan = Plan(depth=Confidence(threshold=threshold), sampler=Count())
+        plan = Plan(depth=every(Confidence(threshold=threshold), step=3), sampler=Count())
         generation = generate(tiny_model, prompts, plan, max_new_tokens=5, lengths=LENGTHS)
         mean_depth.append(float(generation.stats.needed.mean()))
         if len(mean_depth) == 1:

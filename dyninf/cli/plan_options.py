@@ -61,7 +61,7 @@ def read_plans(text: str, num_layers: int) -> dict[str, dyninf.Plan]:
         ValueError: if the list is empty, names a plan twice, or holds one that :func:`read_plan` refuses.
     """
     # A comma before a digit belongs to a list of layers: skip_middle@depth.layers=3,4
-    specs = [spec.strip() for spec in re.split(r",(?=\s*[A-Za-z_])", text)]
+    specs = [spec.strip() for spec in re.split(r",(?!\s*\d)", text)]
     if "" in specs or len(set(specs)) != len(specs):
         raise ValueError(f"expected different plans joined by commas, got {text!r}")
     return {spec: read_plan(spec.split("@")[0], spec.split("@")[1:], num_layers) for spec in specs}
