@@ -101,10 +101,12 @@ def run_layers(
             raise ValueError(f"expected a static schedule for driver 'unrolled', got {policy}; use 'segments'")
         return run_static(layers, x_BTD, caches, run, kept, state)
     drive = _scan if driver == "scan" else _grouped
-    x_BTD, caches, state, needed_BT, num_run = drive(
-        layers, x_BTD, tuple(caches), run, policy, state, conditional=driver == "segments"
+    # Decoded tokens run no layer that the prompt did not run: what lies above is not even compiled.
+    top = max(policy.prefill_layers(len(layers))) + 1
+    x_BTD, used, state, needed_BT, num_run = drive(
+        layers, top, x_BTD, tuple(caches[:top]), run, policy, state, conditional=driver == "segments"
     )
-    return LayersOut(x_BTD=x_BTD, caches=tuple(caches), state=state, needed_BT=needed_BT, run=num_run)
+    return LayersOut(x_BTD=x_BTD, caches=(*used, *caches[top:]), state=state, needed_BT=needed_BT, run=num_run)
 
 
 def run_static(
@@ -128,17 +130,17 @@ def run_static(
     )
 
 
-def _grouped(layers, x_BTD, caches, run, policy, state, *, conditional):
+def _grouped(layers, top, x_BTD, caches, run, policy, state, *, conditional):
     num_layers = len(layers)
-    decisions = policy.decision_layers(num_layers)
+    decisions = [layer for layer in policy.decision_layers(num_layers) if layer < top]
     prev_BTD, exited_BT, active_BT = x_BTD, ~run.live_BT, run.live_BT
     needed_BT, num_run = jnp.zeros(run.live_BT.shape, jnp.int32), jnp.int32(0)
     caches = list(caches)
-    groups = _groups(decisions, num_layers, split_after=policy.skips)
+    groups = _groups(decisions, top, split_after=policy.skips)
     for number, (start, stop) in enumerate(groups):
         if policy.skips or number == 0:
             active_BT, exited_BT, state = _decide(run, policy, num_layers, start, x_BTD, prev_BTD, exited_BT, state)
-        following = None if policy.skips or stop == num_layers else stop
+        following = None if policy.skips or stop == top else stop
 
         def run_group(operands, start=start, stop=stop, following=following):
             x, prev, active, exited, state, group_caches, needed, num_run = operands
@@ -167,11 +169,11 @@ def _grouped(layers, x_BTD, caches, run, policy, state, *, conditional):
     return x_BTD, caches, state, needed_BT, num_run
 
 
-def _scan(layers, x_BTD, caches, run, policy, state, *, conditional):
+def _scan(layers, top, x_BTD, caches, run, policy, state, *, conditional):
     num_layers = len(layers)
-    if any(jax.tree.structure(layer) != jax.tree.structure(layers[0]) for layer in layers):
+    if any(jax.tree.structure(layer) != jax.tree.structure(layers[0]) for layer in layers[:top]):
         raise ValueError("expected layers of one structure for driver 'scan' (one window for all); use 'masked'")
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(layers, caches, strict=True))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(layers[:top], caches, strict=True))
 
     def body(carry, inputs):
         x, prev, exited, state, needed = carry
@@ -182,9 +184,9 @@ def _scan(layers, x_BTD, caches, run, policy, state, *, conditional):
 
     needed_BT = jnp.zeros(run.live_BT.shape, jnp.int32)
     carry = (x_BTD, x_BTD, ~run.live_BT, state, needed_BT)
-    (x_BTD, _, _, state, needed_BT), stacked_caches = jax.lax.scan(body, carry, (jnp.arange(num_layers), stacked))
-    caches = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked_caches) for i in range(num_layers)]
-    return x_BTD, caches, state, needed_BT, jnp.int32(num_layers)
+    (x_BTD, _, _, state, needed_BT), stacked_caches = jax.lax.scan(body, carry, (jnp.arange(top), stacked))
+    caches = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked_caches) for i in range(top)]
+    return x_BTD, caches, state, needed_BT, jnp.int32(top)
 
 
 def _decide(run, policy, num_layers, layer, x_BTD, prev_BTD, exited_BT, state):

@@ -31,7 +31,7 @@ ALLOWED = {
     "pytree": ({"pytree"}, {"jax", "numpy"}),
     "core": ({"core", "pytree", "pallas_kernels"}, {"jax", "numpy"}),
     "pallas_kernels": ({"pallas_kernels"}, {"jax", "numpy"}),
-    "models": ({"models", "pytree"}, {"jax", "flax", "orbax", "safetensors", "numpy"}),
+    "models": ({"models", "pytree"}, {"jax", "flax", "orbax", "safetensors", "tokenizers", "numpy"}),
     "configs": ({"configs", "models", "core", "pytree", "training"}, set()),
     "training": (LIBRARY - {"cli"}, RUNTIME),
     "cli": (LIBRARY, RUNTIME),

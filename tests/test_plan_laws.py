@@ -203,10 +203,11 @@ def test_the_drivers_agree(roll, name, plan, prompts, base):
     for driver in (*DRIVERS, *(["unrolled"] if name in STATIC else [])):
         got = roll(plan, prompts, LENGTHS, driver=driver)
         assert_same(got, base)
-        np.testing.assert_array_equal(got.stats.run, L if driver in ("masked", "scan") else base.stats.run)
+        whole = max(plan.depth.prefill_layers(L)) + 1  # layers that the prompt does not run either are not compiled
+        np.testing.assert_array_equal(got.stats.run, whole if driver in ("masked", "scan") else base.stats.run)
 
 
-def test_teacher_forcing_is_decoding(tiny_model, name, plan, prompts, base):
+def test_teacher_forcing_is_decoding(roll, name, plan, prompts, base):
     text = np.zeros((B, T + STEPS), np.int32)
     for row, length in enumerate(LENGTHS):
         text[row, :length] = prompts[row, :length]
@@ -233,8 +234,8 @@ def test_named_plans_fit_models_of_any_depth(num_layers):
 
 @pytest.mark.parametrize(
     "sweep",
-    [np.linspace(0.1, 0.95, 8), [0.1 * i for i in range(1, 9)], jnp.linspace(0.1, 1, 8)],
-    ids=["numpy", "python", "jax"],
+    [np.linspace(0.1, 0.95, 8), jnp.linspace(0.1, 1, 8)],
+    ids=["numpy", "jax"],
 )
 def test_a_sweep_of_eight_thresholds_is_traced_once(tiny_model, prompts, sweep):
     traced = []

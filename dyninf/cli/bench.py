@@ -51,8 +51,9 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--shape", metavar="NAME", help=f"random weights of a known shape: {', '.join(shapes())}")
     parser.add_argument("--plans", default="dense", metavar="A,B", help="named plans, as for compare (default: dense)")
     parser.add_argument("--batch", default="1", metavar="B,B", help="batch sizes (default: 1)")
+    parser.add_argument("--context", type=int, default=512, metavar="S", help="cache slots (default: 512)")
     parser.add_argument(
-        "--context", type=int, default=512, metavar="S", help="cache slots, filled at the end (default: 512)"
+        "--filled", type=int, metavar="N", help="slots filled before the first step (default: all but --steps)"
     )
     parser.add_argument("--steps", type=int, default=64, help="decode steps in each run (default: 64)")
     parser.add_argument("--repeats", type=int, default=5, help="runs that count, after one that compiles (default: 5)")
@@ -67,6 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
     check_positive(steps=arguments.steps, repeats=arguments.repeats, batch=min(batches))
     if arguments.steps >= arguments.context:
         raise ValueError(f"expected --context above --steps, got {arguments.context} and {arguments.steps}")
+    if arguments.filled is None:
+        arguments.filled = arguments.context - arguments.steps
+    if not 1 <= arguments.filled <= arguments.context - arguments.steps:
+        raise ValueError(
+            f"expected --filled between 1 and --context less --steps = {arguments.context - arguments.steps}, got "
+            f"{arguments.filled}"
+        )
     if arguments.jsonl != "-":
         check_output(arguments.jsonl)
     dtype = arguments.dtype or default_dtype()
@@ -100,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _time(model: models.Transformer, plan: dyninf.Plan, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
     steps, context = arguments.steps, arguments.context
     key = jax.random.key(0)
-    start = random_state(model, plan, batch=batch, length=context - steps, capacity=context, key=key)
+    start = random_state(model, plan, batch=batch, length=arguments.filled, capacity=context, key=key)
     tokens_NB = jax.random.randint(jax.random.fold_in(key, 1), (steps, batch), 0, model.config.vocab_size)
     spent = []
 
@@ -113,6 +121,7 @@ def _time(model: models.Transformer, plan: dyninf.Plan, batch: int, arguments: a
     num_bytes = bytes_per_step(model, means, batch)
     return {
         "context": context,
+        "filled": arguments.filled,
         "steps": steps,
         "median_ms": 1000 * timing.median,
         "p10_ms": 1000 * timing.p10,
@@ -149,7 +158,7 @@ def _about(model: models.Transformer) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout that this code runs from, ``None`` where it was installed."""
+    """Return the commit of the checkout that this code runs from, ``None`` outside one."""
     root = Path(dyninf.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -170,7 +179,7 @@ def _integers(text: str) -> list[int]:
 
 def _print(name: str, rows: list[dict[str, Any]]) -> None:
     about = rows[0]
-    title = f"{name}, {about['dtype']}, {about['context']} slots, on {about['device']}, jax {about['jax']}"
+    title = f"{name}, {about['dtype']}, {about['context']} slots, {about['filled']} filled, on {about['device']}, jax {about['jax']}"
     table = Table(title=title, title_justify="left")
     table.add_column("plan")
     for column in ("batch", "ms/step", "p10", "p90", "tokens/s", "layers run", "GB/s", "speed-up"):

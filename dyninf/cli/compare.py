@@ -19,7 +19,7 @@ from dyninf.cli.quality import Quality, batches, evaluate
 from dyninf.timing import Timing, device_name
 
 DEFAULT_PLANS = "dense,exit_half,unified_skip,exit_confidence,exit_patience,exit_saturation"
-DEFAULT_TOKENS = 65536
+CPU_TOKENS, DEVICE_TOKENS = 16384, 131072  # two minutes for six plans of the shipped model on two CPU cores
 QUICK_TOKENS, QUICK_WINDOW = 8 * 512, 512
 EXCERPTS = 5  # pieces of text that are decoded for the time
 PROMPT, DECODED = 256, 64  # tokens of each
@@ -70,7 +70,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         type=int,
-        help=f"use about N tokens, spread over the text; 0 for all (default: {DEFAULT_TOKENS})",
+        help=f"use about N tokens, spread over the text; 0: all (default: {CPU_TOKENS} on CPU, else {DEVICE_TOKENS})",
         metavar="N",
     )
 
@@ -109,7 +109,8 @@ def read_windows(loaded: Loaded, arguments: argparse.Namespace, *, quick: bool =
     """Return the held-out text that the options name, as windows."""
     tokens = arguments.tokens
     if tokens is None:
-        tokens = QUICK_TOKENS if quick else DEFAULT_TOKENS
+        tokens = CPU_TOKENS if jax.default_backend() == "cpu" else DEVICE_TOKENS
+        tokens = QUICK_TOKENS if quick else tokens
     if tokens < 0:
         raise ValueError(f"expected --tokens of at least 1, or 0 for all, got {tokens}")
     suffixes = tuple(suffix for suffix in arguments.suffixes.split(",") if suffix)

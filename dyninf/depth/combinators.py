@@ -44,8 +44,14 @@ class Restricted(DepthPolicy):
             if layer >= self.start and layer % self.step == 0 and (self.layers is None or layer in self.layers)
         )
 
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return the inner answer."""
+        return self.policy.prefill_layers(num_layers)
+
     def validate(self, num_layers: int) -> None:
         """Raise ValueError if the restriction or the inner policy does not fit the model."""
+        if self.policy.static_layers(num_layers) is not None:
+            raise ValueError(f"expected a policy that decides for each token, got {self.policy}; use it alone")
         require_integer("the layers between decisions", self.step, 1, num_layers)
         require_integer("the first layer to decide at", self.start, 0, num_layers)
         for layer in self.layers or ():
@@ -89,6 +95,11 @@ class FirstOf(DepthPolicy):
     def decision_layers(self, num_layers: int) -> tuple[int, ...]:
         """Return the union of the decision layers."""
         return tuple(sorted({layer for policy in self.policies for layer in policy.decision_layers(num_layers)}))
+
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return the layers that no policy rules out for good."""
+        parts = [set(policy.prefill_layers(num_layers)) for policy in self.policies]
+        return tuple(sorted(set(range(num_layers)).intersection(*parts)))
 
     def validate(self, num_layers: int) -> None:
         """Raise ValueError if a policy does not fit the model or skips layers instead of exiting."""
@@ -135,6 +146,10 @@ class DecayingThreshold(DepthPolicy):
     def decision_layers(self, num_layers: int) -> tuple[int, ...]:
         """Return the inner decision layers."""
         return self.policy.decision_layers(num_layers)
+
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return the inner answer."""
+        return self.policy.prefill_layers(num_layers)
 
     def validate(self, num_layers: int) -> None:
         """Raise ValueError if the inner policy has no threshold or a parameter is out of range."""

@@ -4,7 +4,12 @@ They compile to the kept layers and nothing else. Every decoded token runs the s
 is never read after the prompt and nothing has to be filled in.
 """
 
-from dyninf.depth.base import DepthPolicy, require_integer, require_number
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dyninf.depth.base import EXIT, DepthPolicy, LayerObs, require_integer, require_number
 from dyninf.pytree import pytree
 
 
@@ -12,7 +17,8 @@ from dyninf.pytree import pytree
 class ExitAt(DepthPolicy):
     """Run only the first ``layer`` layers, for prompt and generated tokens alike.
 
-    Exact when ``layer`` is the number of layers. Saves ``(L - layer) / L`` of all layer work and cache.
+    Exact when ``layer`` is the number of layers. Saves ``(L - layer) / L`` of all layer work and cache. Inside
+    :func:`dyninf.depth.first_of` it caps the depth: layers above are not compiled.
 
     Source: the early-exit inference of LayerSkip (Elhoushi et al. 2024, section 4.2); useful on models trained for it.
 
@@ -22,8 +28,15 @@ class ExitAt(DepthPolicy):
 
     layer: int
 
-    skips = True
     nested = True
+
+    def update(self, state: Any, obs: LayerObs) -> tuple[jax.Array, Any]:
+        """Exit; asked only before the first layer that does not run."""
+        return jnp.full(obs.step_BT.shape, EXIT, jnp.int32), state
+
+    def decision_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return the first layer that does not run, if there is one."""
+        return (self.layer,) if self.layer < num_layers else ()
 
     def static_layers(self, num_layers: int) -> tuple[int, ...]:
         """Return layers 0 to ``layer - 1``."""

@@ -1,0 +1,154 @@
+"""Render the committed result rows into README.md and the model card, and draw the picture of the README.
+
+Run ``python bench/report.py`` from anywhere; it rewrites what stands between ``<!-- bench:NAME -->`` and
+``<!-- /bench -->`` and draws ``bench/results/exits.png``. ``--check`` changes nothing and fails if the tables are stale.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+PAGES = (ROOT / "README.md", ROOT / "models" / "pretrained" / "pycode-13m" / "README.md")
+BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+# Device copy rate measured on the H200 (bytes read and written); the floor of a step is its bytes over this rate.
+H200_COPY_GB_S = 4140.0
+
+
+def decode_table() -> str:
+    """Return decode speed at the Llama-3-8B shape, dense and under static plans."""
+    rows = [json.loads(line) for line in (RESULTS / "decode_h200.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for row in rows:
+        share = row["achieved_gb_s"] / H200_COPY_GB_S
+        lines.append(
+            [
+                row["plan"],
+                str(row["batch"]),
+                f"{row['filled']} of {row['context']}",
+                f"{row['median_ms']:.2f}",
+                f"{row['tokens_per_s']:.0f}",
+                f"{row['speedup']:.2f}x",
+                f"{row['achieved_gb_s'] / 1000:.2f}",
+                f"{100 * share:.0f} %",
+            ]
+        )
+    about = rows[0]
+    head = ["plan", "batch", "cache filled", "ms/step", "tokens/s", "against dense", "TB/s", "of the floor"]
+    note = f"\n{about['device']}, {about['dtype']}, jax {about['jax']}, commit {about['commit']}, random weights.\n"
+    return _table(head, lines) + note
+
+
+def compare_table(name: str) -> str:
+    """Return what plans predict, need and save on the shipped model's held-out text."""
+    about = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    lines = [
+        [
+            row["plan"],
+            f"{row['bits_per_byte']:.3f}",
+            f"{100 * row['accuracy']:.1f} %",
+            f"{100 * row['accuracy_of_dense']:.1f} %",
+            f"{row['layers_needed']:.2f} ({100 * row['layers_needed_share']:.0f} %)",
+            f"{1000 * row['seconds_per_token']:.2f}",
+            f"{row['speedup']:.2f}x",
+        ]
+        for row in about["plans"]
+    ]
+    head = ["plan", "bits/byte", "next token right", "of dense", "layers needed", "ms/token", "against dense"]
+    note = f"\n{about['device']}, {about['dtype']}, jax {about['jax']}, {about['tokens']} held-out tokens.\n"
+    return _table(head, lines) + note
+
+
+def exits_table() -> str:
+    """Return the share of tokens that each exit layer gets right."""
+    about = json.loads((RESULTS / "eval_cpu.json").read_text(encoding="utf-8"))
+    lines = [
+        [str(row["layers"]), *(f"{100 * row[name]:.1f} %" for name in ("right", "first_right", "agreement"))]
+        for row in about["exits"]
+    ]
+    head = ["exit after layer", "right", "right here first", "agrees with layer 16"]
+    note = (
+        f"\nRight at no layer: {100 * about['right_nowhere']:.1f} %. Full model: {about['bits_per_byte']:.3f} bits "
+        f"per byte. {about['tokens']} held-out tokens.\n"
+    )
+    return _table(head, lines) + note
+
+
+def draw(path: Path) -> None:
+    """Draw accuracy against layers needed: every exit layer as a fixed depth, and the exit plans."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    exits = json.loads((RESULTS / "eval_cpu.json").read_text(encoding="utf-8"))["exits"]
+    about = json.loads((RESULTS / "compare_cpu.json").read_text(encoding="utf-8"))
+    num_layers, full = about["num_layers"], exits[-1]["right"]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(
+        [100 * row["layers"] / num_layers for row in exits],
+        [100 * row["right"] / full for row in exits],
+        "o-",
+        color="#888888",
+        label="the same exit for every token",
+    )
+    for row in about["plans"]:
+        if row["plan"] != "dense":
+            axes.plot(100 * row["layers_needed_share"], 100 * row["accuracy_of_dense"], "D", label=row["plan"])
+    axes.set_xlabel("layers needed, % of the model")
+    axes.set_ylabel("next tokens right, % of dense")
+    axes.set_title(f"{about['model']}: what a token needs")
+    axes.set_xlim(25, 102)
+    axes.set_ylim(55, 102)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+TABLES = {
+    "decode": decode_table,
+    "compare_cpu": lambda: compare_table("compare_cpu"),
+    "compare_h200": lambda: compare_table("compare_h200"),
+    "exits": exits_table,
+}
+
+
+def render(text: str) -> str:
+    """Return a page with every table made anew from the rows."""
+    return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", text)
+
+
+def main() -> int:
+    """Rewrite the pages, or check them."""
+    parser = argparse.ArgumentParser(description="Render the committed results into README.md and the model card.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is stale")
+    arguments = parser.parse_args()
+    stale = []
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = render(before)
+        if after != before:
+            stale.append(page.name)
+            if not arguments.check:
+                page.write_text(after, encoding="utf-8")
+    if arguments.check:
+        if stale:
+            print(f"stale tables in {', '.join(stale)}; run python bench/report.py")
+        return 1 if stale else 0
+    draw(RESULTS / "exits.png")
+    print(f"rewrote {', '.join(stale) or 'no page'}; drew exits.png")
+    return 0
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
