@@ -16,7 +16,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 DEMO_PROMPT ?= def fibonacci(n):
-DEMO_PLAN ?= exit_confidence
+DEMO_PLAN ?= exit_capped
 DEMO_GENERATE ?= generate --plan $(DEMO_PLAN) --show depth --max-new-tokens 64 --prompt "$(DEMO_PROMPT)"
 DEMO_COMPARE ?= compare --plans dense,$(DEMO_PLAN) --quick
 

@@ -71,5 +71,9 @@ def attend_uncached(lengths_B: jax.Array, *, keep_inactive: bool) -> LayerAttend
 
 
 def slots_of(cache: LayerCache, positions_BT: jax.Array, written_BT: jax.Array) -> jax.Array:
-    """Return the slot of each token, the capacity (a dropped write) where nothing is to be written."""
-    return jnp.where(written_BT, positions_BT, cache.k.shape[1])
+    """Return the slot of each token, one beyond the capacity (a dropped write) where nothing is to be written.
+
+    All slots of a sequence differ, so that the write need not be atomic.
+    """
+    dropped_T = cache.k.shape[1] + jnp.arange(positions_BT.shape[1])
+    return jnp.where(written_BT, positions_BT, dropped_T[None])

@@ -75,14 +75,17 @@ def init_cache(model: CausalLM, batch: int, spec: CacheSpec, *, track_valid: boo
 def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array) -> LayerCache:
     """Write keys and values to their slots; a slot at or beyond the capacity is dropped.
 
-    Slots of one sequence must differ from each other unless they are dropped.
+    All slots of one sequence must differ from each other, dropped ones included.
     """
     rows = jnp.arange(k_BTKH.shape[0])[:, None]
-    valid = None if cache.valid is None else cache.valid.at[rows, slots_BT].set(True, mode="drop")
+
+    def put(array: jax.Array, values: Any) -> jax.Array:
+        return array.at[rows, slots_BT].set(values, mode="drop", unique_indices=True)
+
     return LayerCache(
-        k=cache.k.at[rows, slots_BT].set(k_BTKH.astype(cache.k.dtype), mode="drop"),
-        v=cache.v.at[rows, slots_BT].set(v_BTKH.astype(cache.v.dtype), mode="drop"),
-        valid=valid,
+        k=put(cache.k, k_BTKH.astype(cache.k.dtype)),
+        v=put(cache.v, v_BTKH.astype(cache.v.dtype)),
+        valid=None if cache.valid is None else put(cache.valid, True),
     )
 
 

@@ -4,14 +4,19 @@
 ``[out, in]``, ours are in the order they are contracted; their query head n is ours [k, g] with n = k * G + g.
 Everything is checked (names, shapes, dtypes, file lengths) before the first weight is read; then one parameter after
 another is read, fused on the host and transposed on the device, so that host memory stays near the largest of them.
+Saving holds one file on the host. The safetensors package reads and writes the files; its numpy front end knows
+bfloat16 because jax registers that dtype with numpy.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
+import math
 import os
 import shutil
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +24,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from dyninf.models.atomic import replace_folder
+from dyninf.models.atomic import replace_folder, reserve
 from dyninf.models.config import ModelConfig
 from dyninf.models.hf_config import config_from_hf, config_to_hf, eos_ids
 from dyninf.models.parameters import abstract_model, named_parameters, with_parameters
-from dyninf.models.safetensors_io import DTYPES, StoredTensor, read_header, read_tensor, write_tensors
 from dyninf.models.transformer import Transformer, unstack_layers
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 4 * 10**9  # a file gets no further tensor from here on: all of a file is on the host when it is written
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +45,16 @@ class _Fused:
     shape: tuple[int, ...]
     axes: tuple[int, ...]
     parts: tuple[tuple[str, tuple[int, ...], Any], ...]  # name, shape in the file, index into the fused array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """One tensor of an open file: what the header says about it, and how to read its data."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
 
 
 def load_hf(path: str | os.PathLike, dtype: Any = None) -> Transformer:
@@ -50,6 +68,7 @@ def load_hf(path: str | os.PathLike, dtype: Any = None) -> Transformer:
         NotImplementedError: if the model cannot be represented; names the field of config.json or the dtype.
     """
     path = Path(path)
+    stored = _stored_tensors(path)
     values = read_json(path / "config.json")
     config = config_from_hf(values)
     if (path / "generation_config.json").is_file():
@@ -58,7 +77,6 @@ def load_hf(path: str | os.PathLike, dtype: Any = None) -> Transformer:
             config, eos_ids=eos_ids(read_json(path / "generation_config.json")) or config.eos_ids
         )
     layout = _layout(config)
-    stored = _stored_tensors(path)
     _check(path, layout, stored, config.tie_embeddings)
     dtype = np.dtype(_main_dtype(layout, stored) if dtype is None else dtype)
     model = abstract_model(config, dtype)
@@ -78,7 +96,8 @@ def save_hf(
 ) -> None:
     """Write the model as a Hugging Face folder that transformers can load: config.json and model.safetensors.
 
-    The folder appears whole or not at all; see :func:`dyninf.models.atomic.replace_folder`.
+    Models of more than ``SHARD_BYTES`` become shards with an index. The folder appears whole or not at all; see
+    :func:`dyninf.models.atomic.replace_folder`.
 
     Args:
         overwrite: replace a Hugging Face folder that is there.
@@ -86,7 +105,7 @@ def save_hf(
 
     Raises:
         ValueError: if ``path`` exists and may not be replaced, or the tokenizer file does not exist.
-        NotImplementedError: if no Hugging Face architecture has this combination of switches.
+        NotImplementedError: if no Hugging Face architecture has this combination of switches, or for the dtype.
         OSError: if writing fails; what was at ``path`` is unchanged.
     """
     model = model if isinstance(model.layers, nnx.List) else unstack_layers(model)
@@ -94,18 +113,28 @@ def save_hf(
         raise ValueError(f"expected a tokenizer file, got {tokenizer_file}, which does not exist")
     arrays, layout = named_parameters(model), _layout(model.config)
     values = config_to_hf(model.config, str(arrays["embedding"].dtype))
+    if unknown := {array.dtype for array in arrays.values()} - set(DTYPES.values()):
+        raise NotImplementedError(f"expected float32, float16 or bfloat16 weights, got {unknown.pop()}; convert them")
     places = {part[0]: (name, part) for name, fused in layout.items() for part in fused.parts}
+    sizes = {theirs: math.prod(part[1]) * arrays[name].dtype.itemsize for theirs, (name, part) in places.items()}
+    files = _files(sizes)
 
     def fetch(hf_name: str) -> np.ndarray:
         name, (_, shape, index) = places[hf_name]
         fused = layout[name]
         theirs = jnp.transpose(arrays[name], tuple(np.argsort(fused.axes)))
-        return np.asarray(theirs[index].reshape(shape))
+        return np.ascontiguousarray(theirs[index].reshape(shape))  # the package writes strided arrays wrongly
 
     with replace_folder(path, marker="config.json", overwrite=overwrite) as folder:
-        shapes = {hf_name: (arrays[name].dtype, part[1]) for hf_name, (name, part) in places.items()}
-        write_tensors(folder / SINGLE, shapes, fetch)
+        reserve(folder, (sum(sizes[name] for name in names) for names in files.values()))
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        for file, names in files.items():
+            _write(folder / file, {name: fetch(name) for name in names})
+            shutil.copymode(folder / "config.json", folder / file)  # safetensors 0.8 lets only the owner read it
+        if len(files) > 1:
+            weight_map = {name: file for file, names in files.items() for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
 
@@ -160,22 +189,57 @@ def _layout(config: ModelConfig) -> dict[str, _Fused]:
     return layout
 
 
-def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
+def _files(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Return the tensors of each file, in order; ``sizes`` has the bytes of each tensor."""
+    groups: dict[int, list[str]] = {}
+    for name, begin in zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False):
+        groups.setdefault(begin // SHARD_BYTES, []).append(name)
+    if len(groups) == 1:
+        return {SINGLE: list(sizes)}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups.values(), start=1)}
+
+
+def _write(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})  # transformers asks for the format
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _open(file: Path) -> dict[str, _Stored]:
+    try:
+        opened = safe_open(file, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(
+            f"expected a safetensors file, got {file} ({file.stat().st_size} bytes): {error}; "
+            "it is truncated, damaged or of another format: fetch it again"
+        ) from error
+    slices = {name: opened.get_slice(name) for name in opened.keys()}
+    return {
+        name: _Stored(file, part.get_dtype(), tuple(part.get_shape()), functools.partial(opened.get_tensor, name))
+        for name, part in slices.items()
+    }
+
+
+def _stored_tensors(path: Path) -> dict[str, _Stored]:
     if (path / SINGLE).is_file():
-        return read_header(path / SINGLE)
+        return _open(path / SINGLE)
     if not (path / INDEX).is_file():
         raise ValueError(
-            f"expected {SINGLE} or {INDEX} in {path}, got {sorted(file.name for file in path.iterdir())}; "
-            "other formats are not read (nothing is ever unpickled): save the model with safetensors"
+            f"expected {SINGLE} or {INDEX} in {path}, got {sorted(file.name for file in path.iterdir())[:8]}; pickled "
+            "weights (.bin, .pt, .pth) are refused, nothing is ever unpickled: if you trust them, load them with "
+            "transformers (from_pretrained) and write them with save_pretrained, which makes safetensors"
         )
     places = read_json(path / INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise ValueError(f"expected weight_map in {path / INDEX} to name a file for each tensor, got {places!r:.80}")
-    stored: dict[str, StoredTensor] = {}
+    stored: dict[str, _Stored] = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file or not (path / file).is_file():
             raise ValueError(f"expected the shard {file!r}, named by {INDEX}, in {path}, found none; fetch it again")
-        for name, tensor in read_header(path / file).items():
+        for name, tensor in _open(path / file).items():
             if places.get(name) != file:
                 raise ValueError(f"expected {name!r} in {places.get(name, 'no file')} by {INDEX}, got it in {file}")
             stored[name] = tensor
@@ -184,7 +248,7 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def _check(path: Path, layout: dict[str, _Fused], stored: dict[str, StoredTensor], tied: bool) -> None:
+def _check(path: Path, layout: dict[str, _Fused], stored: dict[str, _Stored], tied: bool) -> None:
     parts = {name: shape for fused in layout.values() for name, shape, _ in fused.parts}
     if missing := sorted(set(parts) - set(stored)):
         raise ValueError(f"expected the tensor {_some(missing)} in {path}, found none; config.json is of another model")
@@ -208,20 +272,20 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _main_dtype(layout: dict[str, _Fused], stored: dict[str, StoredTensor]) -> np.dtype:
+def _main_dtype(layout: dict[str, _Fused], stored: dict[str, _Stored]) -> np.dtype:
     sizes = Counter()
     for tensor in (stored[name] for fused in layout.values() for name, _, _ in fused.parts):
-        sizes[tensor.dtype] += tensor.end - tensor.begin
+        sizes[tensor.dtype] += math.prod(tensor.shape)
     return DTYPES[sizes.most_common(1)[0][0]]
 
 
-def _read(fused: _Fused, stored: dict[str, StoredTensor]) -> np.ndarray:
+def _read(fused: _Fused, stored: dict[str, _Stored]) -> np.ndarray:
     tensors = [(stored[name], index) for name, _, index in fused.parts]
     if len(tensors) == 1:
-        return read_tensor(tensors[0][0]).reshape(fused.shape)
+        return tensors[0][0].read().reshape(fused.shape)
     whole = np.empty(fused.shape, jnp.result_type(*(DTYPES[tensor.dtype] for tensor, _ in tensors)))
     for tensor, index in tensors:
-        whole[index] = read_tensor(tensor).reshape(whole[index].shape)
+        whole[index] = tensor.read().reshape(whole[index].shape)
     return whole
 
 

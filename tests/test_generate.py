@@ -109,6 +109,13 @@ def test_sampling_is_decided_by_the_key(tiny_model):
     assert one == draw(jax.random.split(jax.random.key(1), B)), "one key is split over the batch"
 
 
+def test_every_token_is_drawn_anew(tiny_model):
+    # At this temperature all 61 tokens are equally likely: nine draws of three rows that share nothing.
+    plan = Plan(sampler=chain(Temperature(temperature=1e6), TopK(k=61)))
+    tokens = generate(tiny_model, PROMPTS, plan, max_new_tokens=NEW, lengths=LENGTHS, key=jax.random.key(3)).tokens
+    assert all(len(set(row)) > 5 for row in tokens.tolist()) and len(set(map(tuple, tokens.tolist()))) == B
+
+
 def test_a_sequence_has_its_own_key_whatever_its_neighbours(tiny_model):
     keys = jax.random.split(jax.random.key(7), B)
     one = generate(tiny_model, PROMPTS, DRAW, max_new_tokens=NEW, lengths=LENGTHS, key=keys).tokens

@@ -188,6 +188,8 @@ def test_a_finished_neighbour_changes_nothing_and_costs_nothing(roll, plan, prom
         np.testing.assert_allclose(got.logits[row], base.logits[row], **CLOSE)
         np.testing.assert_array_equal(got.stats.needed[:, row], base.stats.needed[:, row])
     assert not got.stats.active[:, 1].any() and not got.stats.needed[:, 1].any()
+    for cache in got.state.cache.layers:
+        assert np.isnan(cache.k[1, LENGTHS[1] :]).all(), "a sequence that is done wrote to its cache"
     assert (got.stats.kv_live[:, 1] == LENGTHS[1]).all() and (got.tokens[1] == got.tokens[1, 0]).all()
 
 

@@ -26,6 +26,7 @@ class LayerObs:
         layer: index of the layer about to run, an int or a traced int32.
         num_layers: layers of the model.
         first: whether this is the policy's first decision for the token; per-token state starts here.
+        asked: layers before which the policies around this one are asked, ``None`` for all.
         x_BTD: state that would enter the layer.
         prev_BTD: state that entered the layer before.
         step_BT: index of the token among the generated ones, 0 for the first.
@@ -39,6 +40,7 @@ class LayerObs:
     prev_BTD: jax.Array
     step_BT: jax.Array
     logits: Callable[[], jax.Array]
+    asked: tuple[int, ...] | None = None
 
 
 class DepthPolicy:
@@ -96,15 +98,17 @@ def consult(policy: DepthPolicy, state: Any, obs: LayerObs) -> tuple[jax.Array, 
     Works for a layer index known while tracing (nothing is compiled elsewhere) and for a traced one.
     """
     decisions = policy.decision_layers(obs.num_layers)
+    if obs.asked is not None:
+        decisions = tuple(layer for layer in decisions if layer in obs.asked)
     run = jnp.full(obs.step_BT.shape, RUN, jnp.int32)
     if not decisions:
         return run, state
     if isinstance(obs.layer, int):
         if obs.layer not in decisions:
             return run, state
-        return policy.update(state, _replace(obs, first=obs.layer == decisions[0]))
+        return policy.update(state, _replace(obs, first=obs.layer == decisions[0], asked=decisions))
     asked_L = jnp.asarray(np.isin(np.arange(obs.num_layers), decisions))
-    obs = _replace(obs, first=obs.layer == decisions[0])
+    obs = _replace(obs, first=obs.layer == decisions[0], asked=decisions)
     return jax.lax.cond(asked_L[obs.layer], lambda s: policy.update(s, obs), lambda s: (run, s), state)
 
 

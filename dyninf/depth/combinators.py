@@ -14,7 +14,8 @@ from dyninf.pytree import pytree
 class Restricted(DepthPolicy):
     """Ask ``policy`` only at some of its decision layers.
 
-    Made by :func:`every`, :func:`after_layer` and :func:`at_layers`. Elsewhere tokens run on. Restricting to no layer at all is exact.
+    Made by :func:`every`, :func:`after_layer` and :func:`at_layers`. Elsewhere tokens run on. Restricting to no layer
+    at all is exact.
     """
 
     policy: DepthPolicy

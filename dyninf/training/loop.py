@@ -1,63 +1,93 @@
 """The training loop: from a folder of text to a model directory, with exact resume.
 
-A run lives in one directory: ``tokenizer.json``, the packed tokens, ``checkpoints/`` (orbax), ``log.jsonl`` (one line
-per logged step) and, at the end, ``model/`` (a Hugging Face directory that :func:`dyninf.models.load` reads). Starting
-the same command again goes on from the last checkpoint and makes the same losses as a run that was never stopped.
+A run lives in one directory: ``tokenizer.json``, the packed tokens, ``corpus.json`` (what they were made from),
+``recipe.json``, ``checkpoints/`` (orbax), ``log.jsonl`` (one line per logged step) and, at the end, ``model/`` (a
+Hugging Face directory that :func:`dyninf.models.load` reads). Starting the same command again goes on from the last
+checkpoint and makes the same losses as a run that was never stopped, on hardware whose sums have a fixed order (CPU
+and TPU have). Nothing is ever unpickled.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from tokenizers import Tokenizer
 
-from dyninf.models import ModelConfig, save_hf, unstack_layers
+from dyninf.models import ModelConfig, load_tokenizer, save_hf, unstack_layers
+from dyninf.training import checkpoints
 from dyninf.training.corpus import Document, collect, deduplicate, split
-from dyninf.training.data import TokenData, pack, train_tokenizer
+from dyninf.training.data import TokenData, fingerprint, pack, train_tokenizer
 from dyninf.training.recipe import Recipe
 from dyninf.training.step import TrainState, eval_step, init_state, train_step
 
-HELD_OUT = 0.05  # of the files
+HELD_OUT = (0.05, 0.1, 0.2, 0.4)  # of the files; the first that leaves some on both sides
+LOG_EVERY = 10  # steps; reading a loss waits for the device
 TOKENIZER_SAMPLE = 60_000_000  # characters; more changes a small vocabulary little
 
 Report = Callable[[dict[str, Any]], None]
 
 
-def prepare(folders: Sequence[str | os.PathLike], run: str | os.PathLike, *, vocab_size: int, report: Report) -> None:
+def prepare(
+    folders: Sequence[str | os.PathLike],
+    run: str | os.PathLike,
+    *,
+    vocab_size: int,
+    report: Report,
+    suffixes: Sequence[str] = (".py",),
+) -> None:
     """Turn folders of text into a tokenizer, training tokens and held-out tokens in the run directory.
 
-    Near-duplicates are removed and documents are held out by file. Nothing is done again for a run that has its data.
+    Near-duplicates are removed and documents are held out by file. Nothing is done again for a run that has its data;
+    the folders may be gone by then.
+
+    Args:
+        vocab_size: of the tokenizer; it learns fewer entries where the text has no more to offer.
+        report: called with ``{"event": "collected" | "deduplicated", "documents"}`` and ``{"event": "packed", ...}``.
+        suffixes: endings of the files to read.
 
     Raises:
-        ValueError: if the folders hold no text.
+        ValueError: if the folders hold too little text, or the run's data was made from others, or another process
+            is at work in the run directory.
+        OSError: if the run directory cannot be written.
     """
     run = Path(run)
-    if all((run / name).exists() for name in ("tokenizer.json", "train.tokens.json", "heldout.tokens.json")):
+    names = [Path(folder).resolve().name for folder in folders]
+    made_from = {"corpus": {"folders": names, "suffixes": list(suffixes), "vocab_size": vocab_size}}
+    files = ("tokenizer.json", "train.tokens.json", "heldout.tokens.json", "corpus.json")
+    if all((run / name).exists() for name in files):
+        _refuse_changes(run / "corpus.json", made_from)
         return
-    run.mkdir(parents=True, exist_ok=True)
-    documents = collect(folders)
+    documents = collect(folders, suffixes=suffixes)
     report({"event": "collected", "documents": len(documents)})
     documents = deduplicate(documents)
     report({"event": "deduplicated", "documents": len(documents)})
-    train, held_out = split(documents, HELD_OUT, seed=0)
-    if not train or not held_out:
+    for fraction in HELD_OUT:
+        train, held_out = split(documents, fraction, seed=0)
+        if train and held_out:
+            break
+    else:
         raise ValueError(
-            f"expected enough files to hold some out, got {len(train)} for training and {len(held_out)} held out; "
-            "give more files"
+            f"expected enough files to hold some out, got {len(documents)} that differ; give more files, or split them"
         )
     tokenizer = train_tokenizer(_sample(train), vocab_size)
-    tokenizer.save(str(run / "tokenizer.json"))
-    for name, part in (("heldout", held_out), ("train", train)):
-        data = pack(part, tokenizer, run / f"{name}.tokens")
-        report({"event": "packed", "split": name, "tokens": int(data.tokens.size)})
+    run.mkdir(parents=True, exist_ok=True)
+    with _alone(run):
+        (run / "corpus.json").unlink(missing_ok=True)
+        _write(run / "tokenizer.json", tokenizer.to_str(pretty=True))
+        for name, part in (("heldout", held_out), ("train", train)):
+            data = pack(part, tokenizer, run / f"{name}.tokens")
+            report({"event": "packed", "split": name, "tokens": int(data.tokens.size)})
+        _write(run / "corpus.json", json.dumps(made_from, indent=1) + "\n")
 
 
 def train(config: ModelConfig, recipe: Recipe, run: str | os.PathLike, *, report: Report) -> Path:
@@ -68,112 +98,148 @@ def train(config: ModelConfig, recipe: Recipe, run: str | os.PathLike, *, report
         report: called with what happens: ``{"event": "step", "step", "loss", ...}``, ``eval``, ``resumed``, ``saved``.
 
     Raises:
-        ValueError: if the run directory lacks data, or was begun with another model or recipe.
+        ValueError: if the run directory lacks data or holds too little, was begun with another model, recipe or data,
+            holds a damaged checkpoint, is in use by another process, or the loss is no longer finite.
+        OSError: if a checkpoint cannot be written; those before it are as they were.
     """
     run = Path(run)
-    data, held_out = TokenData.open(run / "train.tokens"), TokenData.open(run / "heldout.tokens")
-    for part in (data, held_out):
-        part.num_windows(recipe.length)  # refuses text too short for one sequence before any work
-    tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+    data, held_out, tokenizer = _open_data(run, recipe)
+    if recipe.length > config.max_length:
+        raise ValueError(
+            f"expected length at most the model's max_length={config.max_length}, got {recipe.length}; change one"
+        )
     config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size(), eos_ids=(0,))
-    _pin(run / "recipe.json", {"model": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe)})
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager((run / "checkpoints").absolute(), options=options) as manager:
-        state = _restore(manager, init_state(config, recipe), report)
-        log = _open_log(run / "log.jsonl", int(state.step))
-        with log:
-            state = _loop(state, data, held_out, recipe, manager, _tee(log, report))
+    begun_with = {
+        "model": dataclasses.asdict(config),
+        "recipe": dataclasses.asdict(recipe),
+        "data": {"tokens": int(data.tokens.size), "tokenizer": fingerprint(tokenizer)},
+    }
+    saved = run / "checkpoints"
+    with _alone(run):
+        if checkpoints.latest(saved) is None:  # nothing to go on from, so a begun run may still be changed
+            _write(run / "recipe.json", json.dumps(begun_with, indent=1) + "\n")
+        _refuse_changes(run / "recipe.json", begun_with)
+        state = init_state(config, recipe)
+        if checkpoints.latest(saved) is not None:
+            state = checkpoints.restore(saved, state)
+            report({"event": "resumed", "step": int(state.step)})
+        with _open_log(run / "log.jsonl", int(state.step)) as log:
+            state = _loop(state, data, held_out, recipe, saved, _tee(log, report))
     model = unstack_layers(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.model))
     save_hf(model, run / "model", tokenizer_file=run / "tokenizer.json", overwrite=True)
     return run / "model"
 
 
-def _loop(state: TrainState, data: TokenData, held_out: TokenData, recipe: Recipe, manager, report) -> TrainState:
+def _open_data(run: Path, recipe: Recipe) -> tuple[TokenData, TokenData, Tokenizer]:
+    if not (run / "tokenizer.json").is_file():
+        raise ValueError(f"expected the data of a run in {str(run)!r}, got none; prepare it first")
+    tokenizer = load_tokenizer(run)
+    parts = [TokenData.open(run / f"{name}.tokens") for name in ("train", "heldout")]
+    for name, part in zip(("training", "held-out"), parts, strict=True):
+        if part.tokens.size < 2 * recipe.length:
+            raise ValueError(
+                f"expected at least {2 * recipe.length} tokens of {name} text for length={recipe.length}, got "
+                f"{part.tokens.size}; use a shorter length, or more text in another run directory"
+            )
+        if part.tokenizer_sha256 != fingerprint(tokenizer):
+            raise ValueError(
+                f"expected {name} tokens made by {str(run / 'tokenizer.json')!r}, got tokens of another tokenizer; "
+                "prepare the data again in another run directory"
+            )
+    return *parts, tokenizer
+
+
+def _loop(state: TrainState, data: TokenData, held_out: TokenData, recipe: Recipe, saved, report) -> TrainState:
     shape = {"batch_size": recipe.batch_size, "length": recipe.length, "seed": recipe.seed}
-    first, began = int(state.step), time.perf_counter()
-    for step in range(first, recipe.steps):
+    logged, began = int(state.step), time.perf_counter()
+    for step in range(int(state.step), recipe.steps):
         state, metrics = train_step(state, jnp.asarray(data.batch(step, **shape)), recipe)
         done = step + 1
-        if done % 10 == 0 or done == recipe.steps:
+        last = done == recipe.steps
+        logs, saves = done % LOG_EVERY == 0 or last, done % recipe.save_every == 0 or last
+        if logs or saves:
             values = {name: float(value) for name, value in metrics.items()}
-            speed = (done - first) * recipe.batch_size * recipe.length / (time.perf_counter() - began)
+            _check_finite(done, values)
+        if logs:
+            now = time.perf_counter()
+            speed = (done - logged) * recipe.batch_size * recipe.length / (now - began)
+            logged, began = done, now
             report({"event": "step", "step": done, **values, "tokens_per_second": round(speed)})
-        if done % recipe.eval_every == 0 or done == recipe.steps:
+        if done % recipe.eval_every == 0 or last:
             batches = [jnp.asarray(held_out.batch(i, **shape)) for i in range(recipe.eval_batches)]
             losses_L = np.mean([np.asarray(eval_step(state.model, batch, recipe)) for batch in batches], axis=0)
             report({"event": "eval", "step": done, "exit_losses": [round(float(loss), 5) for loss in losses_L]})
-        if done % recipe.save_every == 0 or done == recipe.steps:
-            _save(manager, done, state)
+        if saves:
+            checkpoints.save(saved, state)
             report({"event": "saved", "step": done})
     return state
 
 
-def _save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
-    try:
-        manager.save(step, args=ocp.args.StandardSave(_arrays(state)))
-        manager.wait_until_finished()
-    except Exception as error:
-        raise OSError(
-            f"could not write the checkpoint of step {step} ({error}); free disk space and start the same command "
-            "again: it goes on from the last complete checkpoint"
-        ) from error
-
-
-def _restore(manager: ocp.CheckpointManager, state: TrainState, report: Report) -> TrainState:
-    step = manager.latest_step()
-    if step is None:
-        return state
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(state))
-    arrays = manager.restore(step, args=ocp.args.StandardRestore(abstract))
-    report({"event": "resumed", "step": step})
-    leaves, structure = jax.tree.flatten(state)
-    return jax.tree.unflatten(structure, [arrays[_name(number)] for number in range(len(leaves))])
-
-
-def _arrays(state: TrainState) -> dict[str, jax.Array]:
-    """Return the leaves under plain names, so that a checkpoint does not depend on how classes are laid out."""
-    return {_name(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
-
-
-def _name(number: int) -> str:
-    return f"leaf_{number:04d}"
-
-
-def _pin(path: Path, description: dict[str, Any]) -> None:
-    """Refuse to go on with a run that was begun differently."""
-    description = json.loads(json.dumps(description))
-    if path.exists():
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(
-            f"{part}.{key}: {begun.get(part, {}).get(key)!r} -> {value!r}"
-            for part, fields in description.items()
-            for key, value in fields.items()
-            if begun.get(part, {}).get(key) != value
+def _check_finite(step: int, values: dict[str, float]) -> None:
+    if not all(map(math.isfinite, values.values())):
+        raise ValueError(
+            f"expected a finite loss and gradient at step {step}, got {values}; start another run with a lower "
+            "learning rate (the checkpoints in this one are from before)"
         )
-        if changed:
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Hold the run directory; the operating system lets go of it when the process ends, however it ends."""
+    with (run / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise ValueError(
-                f"expected the model and recipe that {str(path.parent)!r} was begun with, got {'; '.join(changed)}; "
-                "use another run directory"
-            )
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+                f"expected no other process in {str(run)!r}, got one that is at work there; wait for it or stop it"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _refuse_changes(path: Path, description: dict[str, dict[str, Any]]) -> None:
+    """Refuse to go on with a run that was begun differently."""
+    try:
+        begun = json.loads(path.read_bytes())
+        found = {(part, key): value for part, fields in begun.items() for key, value in fields.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"expected how the run was begun in {str(path)!r}, got {type(error).__name__}; use another run directory"
+        ) from error
+    wanted = {
+        (part, key): value
+        for part, fields in json.loads(json.dumps(description)).items()
+        for key, value in fields.items()
+    }
+    changed = [
+        f"{part}.{key}: {found.get((part, key))!r} -> {wanted.get((part, key))!r}"
+        for part, key in sorted(found.keys() | wanted.keys())
+        if found.get((part, key)) != wanted.get((part, key))
+    ]
+    if changed:
+        raise ValueError(
+            f"expected what {str(path.parent)!r} was begun with, got {'; '.join(changed)}; use another run directory"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def _open_log(path: Path, step: int):
     """Open the log for appending, without the lines of steps that will be made again."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     kept = []
     for line in lines:
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):  # a line that a kill cut short
+                kept.append(line.decode("utf-8"))
+        except (ValueError, KeyError, TypeError):  # a line that a kill cut short
             continue
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
+    _write(path, "".join(line + "\n" for line in kept))
     return path.open("a", encoding="utf-8")
 
 

@@ -1,7 +1,14 @@
 """What one training run does, as plain values."""
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Literal, get_args
+
+ComputeDtype = Literal["bfloat16", "float32"]
+ExitCurriculum = Literal["rotational", "gradual", "none"]
+
+COUNTS = ("steps", "batch_size", "length", "exit_period", "chunk", "eval_every", "eval_batches", "save_every")
+CHOICES = {"exit_curriculum": get_args(ExitCurriculum), "compute_dtype": get_args(ComputeDtype)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +33,7 @@ class Recipe:
         seed: of initial weights, data order and dropout.
 
     Raises:
-        ValueError: if a count is not positive or a rate out of range.
+        ValueError: if a number is out of range or a name unknown.
     """
 
     steps: int
@@ -39,9 +46,9 @@ class Recipe:
     clip: float = 1.0
     dropout: float = 0.1
     e_scale: float = 1.0
-    exit_curriculum: Literal["rotational", "gradual", "none"] = "rotational"
+    exit_curriculum: ExitCurriculum = "rotational"
     exit_period: int = 4
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    compute_dtype: ComputeDtype = "bfloat16"
     chunk: int = 8192
     eval_every: int = 200
     eval_batches: int = 4
@@ -49,15 +56,27 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "length", "exit_period", "chunk", "eval_every", "eval_batches", "save_every"):
+        for name in COUNTS:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"expected {name} to be a positive integer, got {getattr(self, name)!r}")
-        if not 0 <= self.warmup < max(self.steps, 2):
-            raise ValueError(f"expected warmup below steps={self.steps}, got {self.warmup}; warm up for fewer steps")
-        if not 0 <= self.dropout <= 1 or self.e_scale < 0 or self.learning_rate <= 0:
+        if not isinstance(self.warmup, int) or not 0 <= self.warmup < self.steps:
             raise ValueError(
-                f"expected dropout in [0, 1], e_scale >= 0 and learning_rate > 0, got {self.dropout}, {self.e_scale}, "
-                f"{self.learning_rate}"
+                f"expected warmup to be a whole number below steps={self.steps}, got {self.warmup!r}; "
+                f"use a tenth of the steps, {self.steps // 10}"
             )
-        if self.compute_dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"expected compute_dtype 'bfloat16' or 'float32', got {self.compute_dtype!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"expected seed to be an integer in [0, 2**32), got {self.seed!r}")
+        ranges = {  # comparisons that NaN fails
+            "learning_rate": ("above 0 and finite", 0 < self.learning_rate < math.inf),
+            "clip": ("above 0 and finite", 0 < self.clip < math.inf),
+            "weight_decay": ("at least 0 and finite", 0 <= self.weight_decay < math.inf),
+            "e_scale": ("at least 0 and finite", 0 <= self.e_scale < math.inf),
+            "beta2": ("in [0, 1)", 0 <= self.beta2 < 1),
+            "dropout": ("in [0, 1]", 0 <= self.dropout <= 1),
+        }
+        for name, (expected, holds) in ranges.items():
+            if not holds:
+                raise ValueError(f"expected {name} {expected}, got {getattr(self, name)!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"expected {name} among {', '.join(choices)}, got {getattr(self, name)!r}")

@@ -70,7 +70,7 @@ def train_step(state: TrainState, tokens_BT1: jax.Array, recipe: Recipe) -> tupl
     (loss, entropy_K), grads = jax.value_and_grad(_loss, has_aux=True)(state.model, tokens_BT1, state.step, recipe)
     updates, optimizer_state = optimizer(recipe).update(grads, state.optimizer, state.model)
     model = optax.apply_updates(state.model, updates)
-    metrics = {"loss": loss, "final_loss": entropy_K[-1], "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": loss, "final_loss": entropy_K[-1], "grad_norm": optax.tree.norm(grads)}
     return TrainState(model=model, optimizer=optimizer_state, step=state.step + 1), metrics
 
 
@@ -79,7 +79,7 @@ def eval_step(model: Transformer, tokens_BT1: jax.Array, recipe: Recipe) -> jax.
     """Return the mean cross-entropy (nats per token) of every exit on ``tokens [B, T+1]``, float32 ``[L]``."""
     num_layers = model.config.num_layers
     keep_LB = jnp.ones((num_layers, tokens_BT1.shape[0]), bool)
-    hiddens = hidden_states(_cast(model, recipe), tokens_BT1[:, :-1], keep_LB)
+    hiddens = hidden_states(_cast_layers(model, recipe), tokens_BT1[:, :-1], keep_LB)
     mask = jnp.ones(tokens_BT1[:, 1:].shape, bool)
     readout = functools.partial(_readout, model, recipe)
     return exit_loss(readout, hiddens, tokens_BT1[:, 1:], jnp.ones(num_layers), mask, recipe.chunk)[1]
@@ -89,7 +89,7 @@ def hidden_states(model: Transformer, tokens_BT: jax.Array, keep_LB: jax.Array) 
     """Return the output of every layer ``[L, B, T, D]``, passing a sequence by layers that it drops.
 
     Args:
-        model: with stacked layers.
+        model: with stacked layers; their dtype is that of the activations, whatever the embedding's is.
         keep_LB: which layers run for which sequences.
     """
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -103,7 +103,8 @@ def hidden_states(model: Transformer, tokens_BT: jax.Array, keep_LB: jax.Array) 
         x_BTD = jnp.where(keep_B[:, None, None], y_BTD, x_BTD)
         return x_BTD, x_BTD
 
-    return jax.lax.scan(body, model.embed(tokens_BT), (model.layers, keep_LB))[1]
+    x_BTD = model.embed(tokens_BT).astype(model.layers.wqkv[...].dtype)
+    return jax.lax.scan(body, x_BTD, (model.layers, keep_LB))[1]
 
 
 def _loss(model, tokens_BT1, step, recipe):
@@ -111,7 +112,7 @@ def _loss(model, tokens_BT1, step, recipe):
     key = jax.random.fold_in(jax.random.key(recipe.seed), step)
     rates_L = layer_dropout_rates(num_layers, recipe.dropout)
     rates_L = rates_L * dropout_schedule(step, recipe.steps, curriculum="exp")
-    hiddens = hidden_states(_cast(model, recipe), tokens_BT1[:, :-1], layer_dropout_mask(key, rates_L, batch))
+    hiddens = hidden_states(_cast_layers(model, recipe), tokens_BT1[:, :-1], layer_dropout_mask(key, rates_L, batch))
     rotational = recipe.exit_curriculum == "rotational"
     weights = exit_weights(
         num_layers,
@@ -125,11 +126,22 @@ def _loss(model, tokens_BT1, step, recipe):
         exits_K = active_exits(num_layers, step, recipe.exit_period)
         hiddens, weights = hiddens[exits_K], active_exit_weights(weights, exits_K)
     mask = jnp.ones(tokens_BT1[:, 1:].shape, bool)
-    return exit_loss(functools.partial(_readout, model, recipe), hiddens, tokens_BT1[:, 1:], weights, mask, recipe.chunk)
+    readout = functools.partial(_readout, model, recipe)
+    return exit_loss(readout, hiddens, tokens_BT1[:, 1:], weights, mask, recipe.chunk)
 
 
 def _cast(model: Transformer, recipe: Recipe) -> Transformer:
     return jax.tree.map(lambda leaf: leaf.astype(recipe.compute_dtype), model)
+
+
+def _cast_layers(model: Transformer, recipe: Recipe) -> Transformer:
+    """Leave the embedding alone: the gradient of a row is a sum over every place its token stands at.
+
+    In bfloat16 such a sum stops growing at 256 equal terms.
+    """
+    return jax.tree.map_with_path(
+        lambda path, leaf: leaf.astype(recipe.compute_dtype) if "layers" in jax.tree_util.keystr(path) else leaf, model
+    )
 
 
 def _readout(model: Transformer, recipe: Recipe, hidden_BTD: jax.Array) -> jax.Array:

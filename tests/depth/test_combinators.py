@@ -43,7 +43,8 @@ def observe(layer, probs=((0.5, 0.5),), steps=(0,), num_layers=9):
 
 def walk(policy, predictions, num_layers=9, *, traced=False):
     """The first layer at which one token exits when the logits before layer l favour ``predictions[l]``."""
-    state = policy.init((1, 1))
+    # The token before left a prediction of 3 that never changed, which must not count for this one.
+    state = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3), policy.init((1, 1)))
     for layer in range(num_layers):
         probs = np.full((1, 9), 0.05)
         probs[0, predictions[layer]] = 0.6
@@ -103,8 +104,10 @@ def test_where_a_policy_is_asked(policy, layers):
         (first_of(Patience(patience=4), every(Patience(patience=1), step=4)), 6),  # the second would exit at 8
         (first_of(UNSURE, at_layers(SURE, layers=(5,)), at_layers(SURE, layers=(7,))), 5),
         (first_of(UNSURE, Patience(patience=9)), 9),
+        (every(first_of(UNSURE, Patience(patience=2)), step=2), 6),  # asked at 2, 4, 6, whatever its own first layer is
+        (at_layers(first_of(UNSURE, after_layer(Patience(patience=1), layer=4)), layers=(2, 5, 7)), 7),
     ],
-    ids=["patience", "every", "after", "patience_first", "earliest", "never"],
+    ids=["patience", "every", "after", "patience_first", "earliest", "never", "every_first_of", "at_first_of"],
 )
 def test_exit_layer_by_hand(policy, exit_layer, traced):
     assert walk(policy, [3, 3, 4, 4, 4, 4, 4, 4, 4], traced=traced) == exit_layer

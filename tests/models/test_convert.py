@@ -243,7 +243,7 @@ def test_integer_weights_are_refused(folder):
 
 def test_nothing_is_read_before_everything_was_checked(folder, monkeypatch):
     edit_tensors(folder, model_norm_weight=np.zeros(21, np.float32))
-    monkeypatch.setattr("dyninf.models.convert.read_tensor", lambda tensor: pytest.fail("read a tensor"))
+    monkeypatch.setattr("dyninf.models.convert._read", lambda *args: pytest.fail("read a tensor"))
     with pytest.raises(ValueError, match="shape"):
         load(folder)
 
@@ -282,6 +282,9 @@ def test_bad_index_is_refused(index, message, folder):
 def test_folder_without_safetensors_is_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"got \['config.json', 'pytorch_model.bin'\].*nothing is ever unpickled"):
+        load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"got \['pytorch_model.bin'\]; pickled weights .* refused.* save_pretrained"):
         load(folder)
 
 
