@@ -90,8 +90,8 @@ def run_layers(
     """Run ``x_BTD`` through the layers that ``policy`` asks for.
 
     Raises:
-        ValueError: if the driver is unknown, ``unrolled`` is asked of a policy that is not static, or ``scan`` of layers
-            that differ in structure.
+        ValueError: if the driver is unknown, ``unrolled`` is asked of a policy that is not static, or ``scan`` of
+            layers that differ in structure.
     """
     if driver not in DRIVERS:
         raise ValueError(f"expected driver to be one of {DRIVERS}, got {driver!r}")

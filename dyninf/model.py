@@ -56,5 +56,5 @@ def vocab_size(model: CausalLM) -> int:
 
 
 def max_length(model: CausalLM) -> int | None:
-    """Return the longest sequence (tokens) the model declares in ``config.max_length``, ``None`` if it declares none."""
+    """Return the longest sequence (tokens) that ``config.max_length`` declares, ``None`` if the model declares none."""
     return getattr(getattr(model, "config", None), "max_length", None)

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +45,9 @@ def save(folder: str | os.PathLike, state: Any) -> None:
     Raises:
         OSError: if it cannot be written (the disk is full); the checkpoints before it are as they were.
     """
-    folder = Path(folder).resolve()
-    arrays, step = _arrays(state), int(state.step)
-    try:
-        with replace_folder(folder / str(step), marker=MARKER, overwrite=True) as new:
-            # Orbax writes from many threads; when the disk fills up under them, each complains for itself. Ask before.
-            reserve(new, [sum(array.nbytes for array in arrays.values())])
-            with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                checkpointer.save(new / "arrays", args=ocp.args.StandardSave(arrays))
-            values = {"format": FORMAT, "step": step, "arrays": _kinds(arrays), "files": _files(new)}
-            (new / MARKER).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    except Exception as error:  # orbax raises ValueError and others for what the operating system refused
-        raise OSError(
-            f"could not write the checkpoint of step {step} in {str(folder)!r} ({_reason(error.__cause__ or error)}); "
-            "free disk space and start the same command again: it goes on from the checkpoint before"
-        ) from error
-    for old in sorted(_steps(folder))[:-KEPT]:
-        shutil.rmtree(folder / str(old), ignore_errors=True)
+    # In a thread of its own: Ctrl-C reaches this one, which waits until the checkpoint is whole before it passes it on.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pool.submit(_save, Path(folder).resolve(), _arrays(state), int(state.step)).result()
 
 
 def restore(folder: str | os.PathLike, state: Any) -> Any:
@@ -87,6 +74,24 @@ def restore(folder: str | os.PathLike, state: Any) -> Any:
             "on from the checkpoint before it"
         ) from error
     return jax.tree.unflatten(jax.tree.structure(state), [arrays[name] for name in wanted])
+
+
+def _save(folder: Path, arrays: dict[str, jax.Array], step: int) -> None:
+    try:
+        with replace_folder(folder / str(step), marker=MARKER, overwrite=True) as new:
+            # Orbax writes from many threads; when the disk fills up under them, each complains for itself. Ask before.
+            reserve(new, [sum(array.nbytes for array in arrays.values())])
+            with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                checkpointer.save(new / "arrays", args=ocp.args.StandardSave(arrays))
+            values = {"format": FORMAT, "step": step, "arrays": _kinds(arrays), "files": _files(new)}
+            (new / MARKER).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    except Exception as error:  # orbax raises ValueError and others for what the operating system refused
+        raise OSError(
+            f"could not write the checkpoint of step {step} in {str(folder)!r} ({_reason(error.__cause__ or error)}); "
+            "free disk space and start the same command again: it goes on from the checkpoint before"
+        ) from error
+    for old in sorted(_steps(folder))[:-KEPT]:
+        shutil.rmtree(folder / str(old), ignore_errors=True)
 
 
 def _steps(folder: Path) -> list[int]:

@@ -1,9 +1,16 @@
 """The command train; the loop itself has tests of its own."""
 
+import itertools
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from dyninf.cli import main, train
 from dyninf.configs.training import TINY, TINY_RECIPE
+from dyninf.training import checkpoints
 
 
 def test_changes_reach_model_and_recipe():
@@ -22,8 +29,8 @@ def test_a_wrong_change_is_refused(change):
 def test_the_command_prepares_trains_and_names_the_model(monkeypatch, tmp_path, capsys):
     calls = []
 
-    def prepare(folders, run, *, vocab_size, report):
-        calls.append((folders, run, vocab_size))
+    def prepare(folders, run, *, vocab_size, report, suffixes):
+        calls.append((folders, run, vocab_size, suffixes))
         report({"event": "collected", "documents": 3})
 
     def loop(config, recipe, run, *, report):
@@ -37,7 +44,7 @@ def test_the_command_prepares_trains_and_names_the_model(monkeypatch, tmp_path, 
     monkeypatch.setattr(train, "train", loop)
     arguments = ["src", "--run", str(tmp_path), "--set", "recipe.steps=40", "--set", "model.vocab_size=300"]
     assert main(["train", *arguments]) == 0
-    assert calls == [(["src"], tmp_path, 300), (300, 40)]
+    assert calls == [(["src"], tmp_path, 300, (".py",)), (300, 40)]
     shown = capsys.readouterr()
     assert f"dyninf generate --model {tmp_path / 'model'}" in shown.out
     assert shown.err.splitlines() == [
@@ -48,7 +55,71 @@ def test_the_command_prepares_trains_and_names_the_model(monkeypatch, tmp_path, 
     ]
 
 
-def test_folders_without_text_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["EMPTY"], "expected text files ending in ('.py',)"),
+        (["EMPTY", "--suffix", ".md", "--suffix", ".txt"], "expected text files ending in ('.md', '.txt')"),
+        (["nowhere"], "expected an existing folder"),
+        (["EMPTY", "--set", "recipe.steps=9"], "expected warmup to be a whole number below steps=9, got 30"),
+        (["EMPTY", "--set", "recipe.length=513"], "expected recipe.length at most model.max_length=512, got 513"),
+        (["EMPTY", "--set", "recipe.exit_curriculum=spiral"], "expected exit_curriculum among rotational, gradual"),
+        (["EMPTY", "--set", "recipe.stepz=9"], "expected PATH=VALUE with a path among model.vocab_size"),
+    ],
+)
+def test_an_error_is_one_line_and_leaves_no_run(arguments, said, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert main(["train", str(tmp_path / "empty"), "--run", str(tmp_path / "run")]) == 2
-    assert "expected text files" in capsys.readouterr().err
+    arguments = [str(tmp_path / "empty") if argument == "EMPTY" else argument for argument in arguments]
+    assert main(["train", *arguments, "--run", str(tmp_path / "run")]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("dyninf: error: ") and shown.count("\n") == 1
+    assert said in shown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("step", "place"), [(None, "the beginning"), (30, "the checkpoint of step 30")])
+def test_ctrl_c_says_where_the_run_goes_on(step, place, monkeypatch, tmp_path, capsys):
+    def loop(*_, **__):
+        raise KeyboardInterrupt
+
+    if step is not None:
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    monkeypatch.setattr(train, "prepare", lambda *_, **__: None)
+    monkeypatch.setattr(train, "train", loop)
+    assert main(["train", "src", "--run", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == f"\nstopped; the same command goes on from {place}\n"
+
+
+def test_help_lists_the_settings(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert f"recipe.steps={TINY_RECIPE.steps}, " in shown and f"model.d_ff={TINY.d_ff}, " in shown
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
+    source, run = tmp_path / "source", tmp_path / "run"
+    source.mkdir()
+    for number in range(12):
+        words = [f"name_{number * i * i % 97}" for i in range(90)]
+        (source / f"file_{number}.py").write_text("\n".join(f"{a} = {b}" for a, b in itertools.pairwise(words)))
+    tiny = "model.vocab_size=260 model.num_layers=2 model.d_model=8 model.d_ff=12 model.num_heads=1 model.head_dim=4"
+    short = "recipe.steps=10000 recipe.warmup=1 recipe.batch_size=1 recipe.length=8 recipe.chunk=8 recipe.save_every=2"
+    changes = [argument for change in (tiny + " " + short).split() for argument in ("--set", change)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "dyninf", "train", str(source), "--run", str(run), *changes],
+        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored under nohup
+    ) as process:
+        for line in process.stderr:
+            if line == "saved: step 4\n":
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    last = checkpoints.latest(run / "checkpoints")
+    assert last >= 4
+    assert rest.endswith(f"\nstopped; the same command goes on from the checkpoint of step {last}\n")
+    assert "Traceback" not in rest

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -222,7 +223,7 @@ def test_the_first_update_is_made_at_a_learning_rate_of_zero_and_the_next_are_no
     assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, state.model, start)))
 
 
-def test_bfloat16_computes_in_bfloat16_and_adds_up_in_float32(model):
+def test_bfloat16_keeps_float32_masters_and_adds_up_in_float32(model):
     recipe = dataclasses.replace(RECIPE, length=400, clip=1e9, chunk=600)
     # One token at every other place: its row of the gradient has 3 * 200 terms, of which a bfloat16 sum loses most.
     tokens = np.full((recipe.batch_size, recipe.length + 1), 7, np.int32)
@@ -237,6 +238,13 @@ def test_bfloat16_computes_in_bfloat16_and_adds_up_in_float32(model):
         rows[dtype] = np.asarray(optax.tree.get(state.optimizer, "mu").embedding[...])[7]
     assert 1e-5 < abs(losses["bfloat16"] / losses["float32"] - 1) < 0.05
     assert np.linalg.norm(rows["bfloat16"] - rows["float32"]) < 0.1 * np.linalg.norm(rows["float32"])
+
+
+@pytest.mark.parametrize(("dtype", "shown"), [("bfloat16", "bf16"), ("float32", "f32")])
+def test_the_states_of_layers_have_the_compute_dtype(dtype, shown, model, tokens):
+    recipe = dataclasses.replace(RECIPE, compute_dtype=dtype)
+    program = str(jax.make_jaxpr(lambda model: eval_step(model, tokens, recipe))(stack_layers(model)))
+    assert set(re.findall(r"(\w+)\[5,3,7,24\]", program)) == {shown}
 
 
 def test_evaluation_is_the_mean_over_tokens_at_every_exit(model, tokens):
