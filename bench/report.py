@@ -1,7 +1,7 @@
 """Render the committed result rows into README.md and the model card, and draw the picture of the README.
 
 Run ``python bench/report.py`` from anywhere; it rewrites what stands between ``<!-- bench:NAME -->`` and
-``<!-- /bench -->`` and draws ``bench/results/exits.png``. ``--check`` changes nothing and fails if the tables are stale.
+``<!-- /bench -->`` and draws ``bench/results/exits.png``. ``--check`` changes nothing and fails if a table is stale.
 """
 
 import argparse

@@ -195,11 +195,7 @@ def generate(
             vocabulary, or a sampler that draws got no key.
     """
     plan = Plan() if plan is None else plan
-    check(plan, model)
-    tokens, lengths = check_prompts(model, tokens, lengths, max_new_tokens)
-    key = check_key(key, plan.sampler, tokens.shape[0])
-    spec = CacheSpec(capacity=tokens.shape[1] + max_new_tokens)
-    _, state = _prefill(model, tokens, lengths, plan, spec, key, stop_matrix(stop))
+    state = _begin(model, tokens, plan, max_new_tokens, key, lengths, stop)
     generation, _ = _decode_loop(model, state, plan, max_new_tokens=max_new_tokens, driver=driver)
     return generation
 
@@ -221,11 +217,16 @@ def stream(
     prompt, are ``None``.
     """
     plan = Plan() if plan is None else plan
+    return _stream(model, _begin(model, tokens, plan, max_new_tokens, key, lengths, stop), plan, max_new_tokens, driver)
+
+
+def _begin(model, tokens, plan, max_new_tokens, key, lengths, stop) -> DecodeState:
+    """Check everything the caller gave and run the prompts."""
     check(plan, model)
     tokens, lengths = check_prompts(model, tokens, lengths, max_new_tokens)
     key = check_key(key, plan.sampler, tokens.shape[0])
     spec = CacheSpec(capacity=tokens.shape[1] + max_new_tokens)
-    return _stream(model, tokens, lengths, plan, spec, key, stop_matrix(stop), max_new_tokens, driver)
+    return _prefill(model, tokens, lengths, plan, spec, key, stop_matrix(stop))[1]
 
 
 def _sample(state: DecodeState, logits_BV: jax.Array, plan: Plan) -> DecodeState:
@@ -273,8 +274,7 @@ def _decode_loop(model, state, plan, *, max_new_tokens, driver):
     return Generation(tokens=tokens, lengths=lengths, stopped=state.done, stats=stats), state
 
 
-def _stream(model, tokens, lengths, plan, spec, key, stop, max_new_tokens, driver):
-    _, state = _prefill(model, tokens, lengths, plan, spec, key, stop)
+def _stream(model, state, plan, max_new_tokens, driver):
     yield np.asarray(state.token), None
     for _ in range(max_new_tokens - 1):
         before = np.asarray(state.done)

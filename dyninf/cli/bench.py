@@ -179,7 +179,8 @@ def _integers(text: str) -> list[int]:
 
 def _print(name: str, rows: list[dict[str, Any]]) -> None:
     about = rows[0]
-    title = f"{name}, {about['dtype']}, {about['context']} slots, {about['filled']} filled, on {about['device']}, jax {about['jax']}"
+    filled = f"{about['filled']} of {about['context']} slots filled"
+    title = f"{name}, {about['dtype']}, {filled}, on {about['device']}, jax {about['jax']}"
     table = Table(title=title, title_justify="left")
     table.add_column("plan")
     for column in ("batch", "ms/step", "p10", "p90", "tokens/s", "layers run", "GB/s", "speed-up"):

@@ -4,27 +4,26 @@ import jax
 import jax.numpy as jnp
 
 from dyninf.depth.static import SkipLayers
-from dyninf.forward import layer_states
-from dyninf.model import CausalLM
 
 
-def block_influence(model: CausalLM, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+def block_influence(states_LBTD: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     """Return the influence of each layer on a calibration text, float32 ``[L]``; low means safe to skip.
 
-    ``BI_l = 1 - mean cosine(state into layer l, state out of it)`` over all tokens. One dense pass.
+    ``BI_l = 1 - mean cosine(state into layer l, state out of it)`` over all tokens.
 
     Source: ShortGPT (Men et al. 2024), equation 1.
 
     Args:
-        tokens: calibration text, ``int32 [B, T]``, right-padded.
+        states_LBTD: what enters each layer, then the last layer's output ``[L+1, B, T, D]``: what
+            ``dyninf.layer_states(model, tokens)`` returns.
         lengths: tokens of each sequence ``[B]``; ``None`` for T.
     """
-    states = layer_states(model, tokens, lengths).astype(jnp.float32)
-    before, after = states[:-1], states[1:]
+    states_LBTD = states_LBTD.astype(jnp.float32)
+    before, after = states_LBTD[:-1], states_LBTD[1:]
     norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
     cosine_LBT = jnp.sum(before * after, axis=-1) / jnp.maximum(norms, 1e-30)
-    length = tokens.shape[1]
-    live_BT = jnp.ones(tokens.shape, bool) if lengths is None else jnp.arange(length)[None] < lengths[:, None]
+    _, batch, length = cosine_LBT.shape
+    live_BT = jnp.ones((batch, length), bool) if lengths is None else jnp.arange(length)[None] < lengths[:, None]
     return 1.0 - jnp.sum(jnp.where(live_BT[None], cosine_LBT, 0.0), axis=(1, 2)) / jnp.sum(live_BT)
 
 

@@ -35,14 +35,17 @@ def test_influence_by_hand():
     # States of token 0: (1,0) (3,0) (0,3) (0,-3) (0,0); of token 1: (0,2) (0,6) (-6,0) (6,0) (6,0).
     # Cosines: 1, 0, -1, and 0 or 1 in the last layer.
     tokens = jnp.array([[0, 1, 1], [1, 0, 0]])
-    np.testing.assert_allclose(block_influence(Known(), tokens), [0, 1, 2, 0.5], atol=1e-6)
+    np.testing.assert_allclose(block_influence(layer_states(Known(), tokens)), [0, 1, 2, 0.5], atol=1e-6)
     # Padding does not count: two tokens 0 and one token 1 make the last mean cosine 1/3.
-    np.testing.assert_allclose(block_influence(Known(), tokens, jnp.array([1, 2])), [0, 1, 2, 2 / 3], atol=1e-6)
+    np.testing.assert_allclose(
+        block_influence(layer_states(Known(), tokens), jnp.array([1, 2])), [0, 1, 2, 2 / 3], atol=1e-6
+    )
 
 
 def test_influence_against_numpy(tiny_model, rng):
     tokens, lengths = jnp.asarray(rng.integers(0, 61, (3, 5))), np.array([5, 2, 4])
-    states = np.asarray(jax.jit(layer_states)(tiny_model, tokens, jnp.asarray(lengths)), np.float64)
+    computed = jax.jit(layer_states)(tiny_model, tokens, jnp.asarray(lengths))
+    states = np.asarray(computed, np.float64)
     want = np.zeros(6)
     for layer in range(6):
         cosines = [
@@ -53,7 +56,7 @@ def test_influence_against_numpy(tiny_model, rng):
             for t in range(lengths[row])
         ]
         want[layer] = 1 - np.mean(cosines)
-    got = jax.jit(block_influence)(tiny_model, tokens, jnp.asarray(lengths))
+    got = jax.jit(block_influence)(computed, jnp.asarray(lengths))
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 

@@ -139,6 +139,37 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_holds_it(run
     assert checkpoints.latest(run / "checkpoints") == 3
 
 
+def test_a_run_goes_on_with_the_step_after_its_checkpoint_and_logs_every_step_once(run, config, recipe, monkeypatch):
+    read, steps = {}, []
+
+    def step(state, tokens, recipe):
+        number = int(state.step)
+        if number == 31 and steps.count(number) == 0:  # step 30 is logged and saved, 31 is not
+            steps.append(number)
+            raise KeyboardInterrupt
+        steps.append(number)
+        read.setdefault(number, []).append(np.asarray(tokens))
+        return dataclasses.replace(state, step=state.step + 1), {"loss": 1.0 + number, "grad_norm": 2.0}
+
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(loop, "eval_step", lambda *_: np.zeros(3))
+    recipe = dataclasses.replace(recipe, save_every=14)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, recipe, run, report=list)
+    with (run / "log.jsonl").open("ab") as log:
+        log.write(b'[1]\n{"step": "28"}\nnull\n{"event": "step", "step": 2\xff')
+    train(config, recipe, run, report=list)
+    assert steps == [*range(32), *range(28, 64)]
+    data = TokenData.open(run / "train.tokens")
+    for number, batches in read.items():
+        for batch in batches:
+            np.testing.assert_array_equal(batch, data.batch(number, batch_size=2, length=16, seed=recipe.seed))
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "eval"] == [25, 50, 64]
+    logged = [(line["step"], line["loss"]) for line in lines if line["event"] == "step"]
+    assert logged == [(10, 10.0), (20, 20.0), (30, 30.0), (40, 40.0), (50, 50.0), (60, 60.0), (64, 64.0)]
+
+
 def damage_checkpoint(run):
     next((run / "checkpoints" / "64").rglob("manifest.ocdbt")).write_bytes(b"")
 
