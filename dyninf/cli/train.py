@@ -74,6 +74,12 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
         default=[],
         help="change a setting of the model or recipe, e.g. recipe.steps=1000 (may be given several times)",
     )
+    parser.add_argument(
+        "--from",
+        metavar="NAME_OR_FOLDER",
+        dest="init",
+        help="go on from the weights and tokenizer of a model that dyninf trained, instead of random weights",
+    )
     parser.set_defaults(run=run)
     return parser
 
@@ -85,12 +91,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"expected recipe.length at most model.max_length={config.max_length}, got {recipe.length}; set both"
         )
-    directory, suffixes = Path(arguments.directory), tuple(arguments.suffixes or (".py",))
+    directory, suffixes, init = Path(arguments.directory), tuple(arguments.suffixes or (".py",)), arguments.init
     reporter = Reporter(recipe)
     try:
         with reporter:
-            prepare(arguments.folders, directory, vocab_size=config.vocab_size, report=reporter, suffixes=suffixes)
-            folder = train(config, recipe, directory, report=reporter)
+            prepare(
+                arguments.folders,
+                directory,
+                vocab_size=config.vocab_size,
+                report=reporter,
+                suffixes=suffixes,
+                init=init,
+            )
+            folder = train(config, recipe, directory, report=reporter, init=init)
     except KeyboardInterrupt:
         step = checkpoints.latest(directory / "checkpoints")
         place = "the beginning" if step is None else f"the checkpoint of step {step}"

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from dyninf.models import ModelConfig, load_tokenizer, save_hf, unstack_layers
+from dyninf.models import ModelConfig, load, load_tokenizer, save_hf, unstack_layers
 from dyninf.training import checkpoints
 from dyninf.training.corpus import Document, collect, deduplicate, split
 from dyninf.training.data import TokenData, fingerprint, pack, train_tokenizer
@@ -44,6 +44,7 @@ def prepare(
     vocab_size: int,
     report: Report,
     suffixes: Sequence[str] = (".py",),
+    init: str | None = None,
 ) -> None:
     """Turn folders of text into a tokenizer, training tokens and held-out tokens in the run directory.
 
@@ -54,6 +55,7 @@ def prepare(
         vocab_size: of the tokenizer; it learns fewer entries where the text has no more to offer.
         report: called with ``{"event": "collected" | "deduplicated", "documents"}`` and ``{"event": "packed", ...}``.
         suffixes: endings of the files to read.
+        init: a model that dyninf trained, by name or folder, whose tokenizer is taken instead of training one.
 
     Raises:
         ValueError: if the folders hold too little text, or the run's data was made from others, or another process
@@ -62,7 +64,7 @@ def prepare(
     """
     run = Path(run)
     names = [Path(folder).resolve().name for folder in folders]
-    made_from = {"corpus": {"folders": names, "suffixes": list(suffixes), "vocab_size": vocab_size}}
+    made_from = {"corpus": {"folders": names, "suffixes": list(suffixes), "vocab_size": vocab_size, "init": init}}
     files = ("tokenizer.json", "train.tokens.json", "heldout.tokens.json", "corpus.json")
     if all((run / name).exists() for name in files):
         _refuse_changes(run / "corpus.json", made_from)
@@ -79,7 +81,7 @@ def prepare(
         raise ValueError(
             f"expected enough files to hold some out, got {len(documents)} that differ; give more files, or split them"
         )
-    tokenizer = train_tokenizer(_sample(train), vocab_size)
+    tokenizer = train_tokenizer(_sample(train), vocab_size) if init is None else load_tokenizer(init)
     run.mkdir(parents=True, exist_ok=True)
     with _alone(run):
         (run / "corpus.json").unlink(missing_ok=True)
@@ -90,11 +92,14 @@ def prepare(
         _write(run / "corpus.json", json.dumps(made_from, indent=1) + "\n")
 
 
-def train(config: ModelConfig, recipe: Recipe, run: str | os.PathLike, *, report: Report) -> Path:
+def train(
+    config: ModelConfig, recipe: Recipe, run: str | os.PathLike, *, report: Report, init: str | None = None
+) -> Path:
     """Train on the data of a run directory and return the model directory.
 
     Args:
         config: its vocabulary is replaced by the tokenizer's.
+        init: a model to go on from, by name or folder, as given to :func:`prepare`; its config replaces ``config``.
         report: called with what happens: ``{"event": "step", "step", "loss", ...}``, ``eval``, ``resumed``, ``saved``.
 
     Raises:
@@ -104,6 +109,8 @@ def train(config: ModelConfig, recipe: Recipe, run: str | os.PathLike, *, report
     """
     run = Path(run)
     data, held_out, tokenizer = _open_data(run, recipe)
+    start = None if init is None else load(init, dtype=jnp.float32)
+    config = config if start is None else start.config
     if recipe.length > config.max_length:
         raise ValueError(
             f"expected length at most the model's max_length={config.max_length}, got {recipe.length}; change one"
@@ -112,6 +119,7 @@ def train(config: ModelConfig, recipe: Recipe, run: str | os.PathLike, *, report
     begun_with = {
         "model": dataclasses.asdict(config),
         "recipe": dataclasses.asdict(recipe),
+        "init": {"model": init},
         "data": {"tokens": int(data.tokens.size), "tokenizer": fingerprint(tokenizer)},
     }
     saved = run / "checkpoints"
@@ -119,7 +127,7 @@ def train(config: ModelConfig, recipe: Recipe, run: str | os.PathLike, *, report
         if checkpoints.latest(saved) is None:  # nothing to go on from, so a begun run may still be changed
             _write(run / "recipe.json", json.dumps(begun_with, indent=1) + "\n")
         _refuse_changes(run / "recipe.json", begun_with)
-        state = init_state(config, recipe)
+        state = init_state(config, recipe, start)
         if checkpoints.latest(saved) is not None:
             state = checkpoints.restore(saved, state)
             report({"event": "resumed", "step": int(state.step)})

@@ -6,14 +6,21 @@ from typing import Literal, get_args
 
 ComputeDtype = Literal["bfloat16", "float32"]
 ExitCurriculum = Literal["rotational", "gradual", "none"]
+ExitScale = Literal["paper", "uniform", "linear", "sum", "sqrt", "inv", "inv_sqrt"]
+DropoutSchedule = Literal["exp", "constant"]
 
 COUNTS = ("steps", "batch_size", "length", "exit_period", "chunk", "eval_every", "eval_batches", "save_every")
-CHOICES = {"exit_curriculum": get_args(ExitCurriculum), "compute_dtype": get_args(ComputeDtype)}
+CHOICES = {
+    "exit_curriculum": get_args(ExitCurriculum),
+    "exit_scale": get_args(ExitScale),
+    "dropout_schedule": get_args(DropoutSchedule),
+    "compute_dtype": get_args(ComputeDtype),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A LayerSkip training run from scratch; see :mod:`dyninf.training.layerskip` for the terms of the loss.
+    """A LayerSkip training run; see :mod:`dyninf.training.layerskip` for the terms of the loss.
 
     Args:
         steps: optimizer steps.
@@ -23,7 +30,10 @@ class Recipe:
         weight_decay: on matrices only (AdamW).
         clip: largest global norm of a gradient.
         dropout: probability of dropping the last layer at full schedule.
+        dropout_schedule: ``exp`` rises from 0, for training from scratch; ``constant`` is for trained weights.
         e_scale: strength of the early exits in the loss; 0 is the plain loss.
+        exit_scale: how the strength grows with depth; ``uniform`` and ``linear`` ask more of the early exits than
+            ``paper``, which is about quadratic.
         exit_curriculum: which exits a step trains; with ``rotational`` every ``exit_period``-th, shifted by one each
             step, so that only ``ceil(L / exit_period) + 1`` readouts are computed.
         compute_dtype: dtype of activations and of the weights they meet; the master weights stay float32.
@@ -45,7 +55,9 @@ class Recipe:
     beta2: float = 0.95
     clip: float = 1.0
     dropout: float = 0.1
+    dropout_schedule: DropoutSchedule = "exp"
     e_scale: float = 1.0
+    exit_scale: ExitScale = "paper"
     exit_curriculum: ExitCurriculum = "rotational"
     exit_period: int = 4
     compute_dtype: ComputeDtype = "bfloat16"

@@ -53,9 +53,10 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     )
 
 
-def init_state(config: ModelConfig, recipe: Recipe) -> TrainState:
-    """Return the state before the first step."""
-    model = stack_layers(Transformer(config, jax.random.key(recipe.seed)))
+def init_state(config: ModelConfig, recipe: Recipe, model: Transformer | None = None) -> TrainState:
+    """Return the state before the first step, with random weights or those of ``model`` (a list of layers)."""
+    model = Transformer(config, jax.random.key(recipe.seed)) if model is None else model
+    model = stack_layers(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model))
     return TrainState(model=model, optimizer=optimizer(recipe).init(model), step=jnp.int32(0))
 
 
@@ -111,7 +112,7 @@ def _loss(model, tokens_BT1, step, recipe):
     num_layers, batch = model.config.num_layers, tokens_BT1.shape[0]
     key = jax.random.fold_in(jax.random.key(recipe.seed), step)
     rates_L = layer_dropout_rates(num_layers, recipe.dropout)
-    rates_L = rates_L * dropout_schedule(step, recipe.steps, curriculum="exp")
+    rates_L = rates_L * dropout_schedule(step, recipe.steps, curriculum=recipe.dropout_schedule)
     hiddens = hidden_states(_cast_layers(model, recipe), tokens_BT1[:, :-1], layer_dropout_mask(key, rates_L, batch))
     rotational = recipe.exit_curriculum == "rotational"
     weights = exit_weights(
@@ -119,6 +120,7 @@ def _loss(model, tokens_BT1, step, recipe):
         step,
         recipe.steps,
         e_scale=recipe.e_scale,
+        scale=recipe.exit_scale,
         curriculum=recipe.exit_curriculum,
         period=recipe.exit_period if rotational else None,
     )

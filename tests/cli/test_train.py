@@ -29,12 +29,12 @@ def test_a_wrong_change_is_refused(change):
 def test_the_command_prepares_trains_and_names_the_model(monkeypatch, tmp_path, capsys):
     calls = []
 
-    def prepare(folders, run, *, vocab_size, report, suffixes):
-        calls.append((folders, run, vocab_size, suffixes))
+    def prepare(folders, run, *, vocab_size, report, suffixes, init):
+        calls.append((folders, run, vocab_size, suffixes, init))
         report({"event": "collected", "documents": 3})
 
-    def loop(config, recipe, run, *, report):
-        calls.append((config.vocab_size, recipe.steps))
+    def loop(config, recipe, run, *, report, init):
+        calls.append((config.vocab_size, recipe.steps, init))
         report({"event": "resumed", "step": 5})
         report({"event": "step", "step": 10, "loss": 4.25, "tokens_per_second": 77})
         report({"event": "eval", "step": 10, "exit_losses": [5.5, 4.5]})
@@ -43,8 +43,8 @@ def test_the_command_prepares_trains_and_names_the_model(monkeypatch, tmp_path, 
     monkeypatch.setattr(train, "prepare", prepare)
     monkeypatch.setattr(train, "train", loop)
     arguments = ["src", "--run", str(tmp_path), "--set", "recipe.steps=40", "--set", "model.vocab_size=300"]
-    assert main(["train", *arguments]) == 0
-    assert calls == [(["src"], tmp_path, 300, (".py",)), (300, 40)]
+    assert main(["train", *arguments, "--from", "trained"]) == 0
+    assert calls == [(["src"], tmp_path, 300, (".py",), "trained"), (300, 40, "trained")]
     shown = capsys.readouterr()
     assert f"dyninf generate --model {tmp_path / 'model'}" in shown.out
     assert shown.err.splitlines() == [
@@ -106,12 +106,14 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
     tiny = "model.vocab_size=260 model.num_layers=2 model.d_model=8 model.d_ff=12 model.num_heads=1 model.head_dim=4"
     short = "recipe.steps=10000 recipe.warmup=1 recipe.batch_size=1 recipe.length=8 recipe.chunk=8 recipe.save_every=2"
     changes = [argument for change in (tiny + " " + short).split() for argument in ("--set", change)]
+    # A process started under nohup ignores SIGINT, and so would its children.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "from dyninf.cli import main; raise SystemExit(main())"
     with subprocess.Popen(
-        [sys.executable, "-m", "dyninf", "train", str(source), "--run", str(run), *changes],
+        [sys.executable, "-c", program, "train", str(source), "--run", str(run), *changes],
         env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored under nohup
     ) as process:
         for line in process.stderr:
             if line == "saved: step 4\n":

@@ -110,6 +110,8 @@ def naive_entropies(model, tokens_BT1, keep_LB):
 def naive_weights(recipe, step):
     """LayerSkip 4.1.2 for five layers: e(l) = e_scale (0 + ... + l), and L-1 + e_scale (0 + ... + L-2) for the last."""
     scales = np.array([0, 1, 3, 6, 0]) * recipe.e_scale + np.array([0, 0, 0, 0, 4 + 6 * recipe.e_scale])
+    if recipe.exit_scale == "linear":
+        scales = np.array([1, 2, 3, 4, 5]) * np.array([*[recipe.e_scale] * 4, 1])
     on = {
         "rotational": [(layer - step) % recipe.exit_period == 0 for layer in range(LAYERS)],
         "gradual": [step >= recipe.steps * (LAYERS - layer) / (2 * LAYERS) for layer in range(LAYERS)],
@@ -120,8 +122,9 @@ def naive_weights(recipe, step):
 
 
 def naive_keep(recipe, step):
-    """Layer l is dropped with probability p (2^(l/(L-1)) - 1) (2^(t/T) - 1)."""
-    rates_L = recipe.dropout * (2 ** (np.arange(LAYERS) / (LAYERS - 1)) - 1) * (2 ** (step / recipe.steps) - 1)
+    """Layer l is dropped with probability p (2^(l/(L-1)) - 1) (2^(t/T) - 1), the last factor from scratch only."""
+    rates_L = recipe.dropout * (2 ** (np.arange(LAYERS) / (LAYERS - 1)) - 1)
+    rates_L = rates_L * (2 ** (step / recipe.steps) - 1 if recipe.dropout_schedule == "exp" else 1)
     key = jax.random.fold_in(jax.random.key(recipe.seed), step)
     return np.asarray(jax.random.bernoulli(key, 1 - rates_L[:, None].astype(np.float32), (LAYERS, recipe.batch_size)))
 
@@ -141,9 +144,18 @@ def test_a_dropped_layer_passes_on_its_input_for_its_sequence_only(model, tokens
         np.testing.assert_allclose(states[:, b], naive_states(model, sequence, keep[:, b]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("curriculum", ["rotational", "gradual", "none"])
-def test_the_loss_is_the_naive_one(curriculum, model, tokens):
-    recipe = dataclasses.replace(RECIPE, exit_curriculum=curriculum)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"exit_curriculum": "rotational"},
+        {"exit_curriculum": "gradual"},
+        {"exit_curriculum": "none"},
+        {"exit_curriculum": "rotational", "exit_scale": "linear", "dropout_schedule": "constant"},
+    ],
+    ids=["rotational", "gradual", "none", "continued"],
+)
+def test_the_loss_is_the_naive_one(changes, model, tokens):
+    recipe = dataclasses.replace(RECIPE, **changes)
     before, dropped = take_step._cache_size(), 0
     # Gradual exits come on at 60 (5-l)/10: layer 3 at step 12, layer 2 at 18, layer 1 at 24.
     for step in (0, 17, 58):
