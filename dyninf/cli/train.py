@@ -87,7 +87,7 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Prepare the data, train, and say where the model is."""
     config, recipe = configure(arguments.config, arguments.changes)
-    if recipe.length > config.max_length:
+    if arguments.init is None and recipe.length > config.max_length:
         raise ValueError(
             f"expected recipe.length at most model.max_length={config.max_length}, got {recipe.length}; set both"
         )
