@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from dyninf.attention import attend_uncached
 from dyninf.depth_loop import Driver, LayerRun, run_layers, run_static
 from dyninf.model import CausalLM
-from dyninf.plan import Plan, check
+from dyninf.plan import Plan, check, leaves_gaps
 from dyninf.pytree import pytree
 
 
@@ -62,7 +62,7 @@ def forward(
         step_BT=jnp.maximum(step_BT, 0),
         live_BT=live_BT,
         governed_BT=live_BT & (step_BT >= 0),
-        attend=attend_uncached(lengths, keep_inactive=plan.fill == "propagate" or depth.nested),
+        attend=attend_uncached(lengths, keep_inactive=not leaves_gaps(plan)),
         unembed=model.unembed,
         fill=plan.fill,
     )

@@ -18,7 +18,7 @@ from dyninf.attention import attend_cached, attend_prompt
 from dyninf.cache import CacheSpec, KVCache, advance, init_cache
 from dyninf.depth_loop import Driver, LayerRun, default_driver, run_layers, run_static
 from dyninf.model import CausalLM
-from dyninf.plan import Plan, check
+from dyninf.plan import Plan, check, leaves_gaps
 from dyninf.prompts import PAD, check_key, check_prompts, stop_matrix
 from dyninf.pytree import pytree
 from dyninf.stats import StepStats
@@ -93,7 +93,7 @@ def prefill(
         raise ValueError(f"expected a cache of at least {length} slots for this prompt, got {spec.capacity}")
     positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
     live_BT = positions_BT < lengths[:, None]
-    cache = init_cache(model, batch, spec, track_valid=_tracks_valid(plan, len(model.layers)))
+    cache = init_cache(model, batch, spec, track_valid=leaves_gaps(plan))
     run = LayerRun(
         positions_BT=positions_BT,
         step_BT=jnp.zeros((batch, length), jnp.int32),
@@ -136,7 +136,7 @@ def decode_step(
     """
     check(plan, model)
     num_layers = len(model.layers)
-    _check_state(state, plan, num_layers)
+    _check_state(state, plan)
     positions_BT = state.cache.length[:, None]
     live_BT = ~state.done[:, None]
     run = LayerRun(
@@ -144,7 +144,7 @@ def decode_step(
         step_BT=jnp.broadcast_to(state.step - 1, positions_BT.shape),
         live_BT=live_BT,
         governed_BT=live_BT,
-        attend=attend_cached(positions_BT, live_BT, write_inactive=plan.fill == "propagate" or plan.depth.nested),
+        attend=attend_cached(positions_BT, live_BT, write_inactive=not leaves_gaps(plan)),
         unembed=model.unembed,
         fill=plan.fill,
     )
@@ -284,14 +284,10 @@ def _stream(model, state, plan, max_new_tokens, driver):
         yield np.where(before, PAD, np.asarray(state.token)), stats
 
 
-def _tracks_valid(plan: Plan, num_layers: int) -> bool:
-    return plan.fill == "mask" and not plan.depth.nested
-
-
-def _check_state(state: DecodeState, plan: Plan, num_layers: int) -> None:
+def _check_state(state: DecodeState, plan: Plan) -> None:
     made = jax.eval_shape(lambda: plan.depth.init((state.token.shape[0], 1)))
     same_depth = jax.tree.structure(made) == jax.tree.structure(state.depth)
-    same_cache = _tracks_valid(plan, num_layers) == (state.cache.layers[0].valid is not None)
+    same_cache = leaves_gaps(plan) == (state.cache.layers[0].valid is not None)
     if not same_depth or not same_cache:
         raise ValueError(
             "expected a state that was made for this plan: its depth policy keeps another state, or the cache does not "

@@ -44,6 +44,11 @@ class Plan:
     sampler: Sampler = Greedy()
 
 
+def leaves_gaps(plan: Plan) -> bool:
+    """Return whether layers that do not run leave cache slots empty that later tokens would otherwise read."""
+    return plan.fill == "mask" and not plan.depth.nested
+
+
 _IDENTITIES = {"sparsity": Dense, "evict": KeepAll, "select": ReadAll, "draft": type(None)}
 
 

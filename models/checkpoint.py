@@ -59,7 +59,7 @@ def save(
         # Orbax writes from many threads; when the disk fills up under them, each complains for itself. Ask before.
         reserve(folder, (array.nbytes for array in arrays.values()))
         try:
-            with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            with quiet_orbax(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 checkpointer.save(folder / "arrays", args=ocp.args.StandardSave(arrays))
         except Exception as error:  # orbax raises ValueError and others for what the operating system refused
             raise OSError(str(error)) from error
@@ -88,7 +88,7 @@ def restore(path: str | os.PathLike, dtype: Any = None) -> Transformer:
     config = _config(values.get("config"), path / MARKER)
     expected = named_parameters(abstract_model(config, jnp.float32 if dtype is None else dtype))
     _check_files(path / "arrays", values.get("files"))
-    with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    with quiet_orbax(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         stored = _stored(checkpointer, path / "arrays")
         _check(path, {name: array.shape for name, array in expected.items()}, stored)
         place = jnp.zeros(()).sharding
@@ -104,8 +104,8 @@ def restore(path: str | os.PathLike, dtype: Any = None) -> Transformer:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # Orbax logs the traceback of every thread it started; the exception it then raises says the same once.
+def quiet_orbax() -> Iterator[None]:
+    """Keep orbax from logging the traceback of every thread; the exception it then raises says the same once."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

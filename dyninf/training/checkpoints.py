@@ -6,13 +6,10 @@ All of that is compared before an array is read, because orbax itself restores f
 ever unpickled.
 """
 
-import contextlib
 import hashlib
 import json
-import logging
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dyninf.models.atomic import replace_folder, reserve
+from dyninf.models.checkpoint import quiet_orbax
 
 FORMAT = "dyninf-run-1"
 MARKER = "checkpoint.json"
@@ -66,7 +64,7 @@ def restore(folder: str | os.PathLike, state: Any) -> Any:
     try:
         _check(path, step, _kinds(wanted))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
-        with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        with quiet_orbax(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             arrays = checkpointer.restore(path / "arrays", args=ocp.args.StandardRestore(abstract))
     except Exception as error:
         raise ValueError(
@@ -81,7 +79,7 @@ def _save(folder: Path, arrays: dict[str, jax.Array], step: int) -> None:
         with replace_folder(folder / str(step), marker=MARKER, overwrite=True) as new:
             # Orbax writes from many threads; when the disk fills up under them, each complains for itself. Ask before.
             reserve(new, [sum(array.nbytes for array in arrays.values())])
-            with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            with quiet_orbax(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 checkpointer.save(new / "arrays", args=ocp.args.StandardSave(arrays))
             values = {"format": FORMAT, "step": step, "arrays": _kinds(arrays), "files": _files(new)}
             (new / MARKER).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -138,15 +136,3 @@ def _check(path: Path, step: int, kinds: dict[str, str]) -> None:
 
 def _reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep orbax from logging what the exception it then raises says once."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
