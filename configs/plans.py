@@ -49,8 +49,8 @@ def plans(num_layers: int) -> dict[str, Plan]:
         "decay_linear": Plan(depth=DepthDecay(kind="linear", length=256.0, min_layers=half, flex_start=quarter)),
         # 0.9 keeps 98 % of the shipped model's accuracy (see its card).
         "exit_confidence": Plan(depth=every(confidence, step=stride)),
-        # Three questions between 3/8 and 5/8 of the depth, and no token above 3/4: 96.6 % of the shipped model's
-        # accuracy at 60 % of its layers, and the fastest data-dependent plan on a CPU (see its card).
+        # Three questions between 3/8 and 5/8 of the depth, and no token above 3/4: 97 % of the shipped model's
+        # accuracy at 59 % of its layers, and the fastest data-dependent plan (see its card).
         "exit_capped": Plan(
             depth=first_of(at_layers(first_of(confidence, Patience(patience=2)), layers=asked), ExitAt(layer=cap))
         ),

@@ -218,7 +218,7 @@ def test_cudnn_agrees_with_xla_on_a_gpu(rng, dtype, length, head_dim):
     q, k, v = arrays(rng, length, length, "gqa", dtype, head_dim, scale=1.0)
     wide = [array.astype(jnp.float32) for array in (q, k, v)]
     lengths = jnp.array([length, max(1, length // 3), 1])
-    mask = jnp.tril(jnp.ones((length, length), bool))[None] & (jnp.arange(length) < lengths[:, None])[:, None]
+    mask = jnp.tril(jnp.ones((length, length), bool))[None] & (jnp.arange(length)[None] < lengths[:, None])[:, None]
     eps = float(jnp.finfo(dtype).eps)
     for window in (None, 5):
         near = jnp.arange(length)[:, None] - jnp.arange(length)[None] < (window or length)
