@@ -3,11 +3,12 @@
 from dyninf import depth as depth
 from dyninf.cache import CacheSpec as CacheSpec
 from dyninf.cache import KVCache as KVCache
+from dyninf.compaction import Compact as Compact
+from dyninf.decode_state import DecodeState as DecodeState
+from dyninf.decode_state import Generation as Generation
 from dyninf.forward import Forward as Forward
 from dyninf.forward import forward as forward
 from dyninf.forward import layer_states as layer_states
-from dyninf.generate import DecodeState as DecodeState
-from dyninf.generate import Generation as Generation
 from dyninf.generate import decode_step as decode_step
 from dyninf.generate import generate as generate
 from dyninf.generate import prefill as prefill

@@ -1,16 +1,19 @@
 """Teacher forcing: the logits a plan would produce at every position of a given text, in one pass.
 
 Every token decides for itself as it would while decoding, and attends to keys of the states at which earlier tokens
-ended, so the result equals feeding the text through :func:`dyninf.decode_step` token by token.
+ended (with ``fill="catch_up"`` to the dense model's keys), so the result equals feeding the text through
+:func:`dyninf.decode_step` token by token.
 """
 
 import jax
 import jax.numpy as jnp
 
 from dyninf.attention import attend_uncached
-from dyninf.depth_loop import Driver, LayerRun, run_layers, run_static
-from dyninf.model import CausalLM
-from dyninf.plan import Plan, check, leaves_gaps
+from dyninf.catch_up import force_catch_up
+from dyninf.depth_loop import Driver, run_layers, run_static
+from dyninf.layer_run import LayerRun
+from dyninf.model import CausalLM, readout_of
+from dyninf.plan import Plan, catches_up, check, leaves_gaps, propagates
 from dyninf.pytree import pytree
 
 
@@ -46,7 +49,8 @@ def forward(
         Entries at padding are meaningless.
 
     Raises:
-        ValueError: if the plan does not fit the model, or its prompt runs other layers than ``unrolled`` would.
+        ValueError: if the plan does not fit the model, its prompt runs other layers than ``unrolled`` would, or
+            another driver than ``masked`` is asked for a plan that catches up.
     """
     plan = Plan() if plan is None else plan
     check(plan, model)
@@ -64,19 +68,25 @@ def forward(
         governed_BT=live_BT & (step_BT >= 0),
         attend=attend_uncached(lengths, keep_inactive=not leaves_gaps(plan)),
         unembed=model.unembed,
-        fill=plan.fill,
+        readout=readout_of(model),
+        propagate=propagates(plan),
     )
     x_BTD, caches = model.embed(tokens), (None,) * num_layers
     kept = depth.static_layers(num_layers)
-    if kept is not None and kept == depth.prefill_layers(num_layers):
-        out = run_static(model.layers, x_BTD, caches, run, kept, ())
+    state = depth.init((batch, length))
+    if catches_up(plan, num_layers):
+        if driver != "masked":
+            raise ValueError(f"expected driver 'masked' for a text under fill='catch_up', got {driver!r}")
+        out = force_catch_up(model.layers, x_BTD, run, depth, state, plan.window)
+    elif kept is not None and kept == depth.prefill_layers(num_layers):
+        out = run_static(model.layers, x_BTD, caches, run, depth, state, kept)
     elif driver == "unrolled":
         raise ValueError(
             f"expected another driver than 'unrolled': {depth} lets the prompt run other layers than decoded tokens, "
             "and one pass holds both; use 'masked'"
         )
     else:
-        out = run_layers(model.layers, x_BTD, caches, run, depth, depth.init((batch, length)), driver=driver)
+        out = run_layers(model.layers, x_BTD, caches, run, depth, state, driver=driver)
     return Forward(logits=model.unembed(out.x_BTD), states=out.x_BTD, needed=out.needed_BT)
 
 

@@ -15,52 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dyninf.attention import attend_cached, attend_prompt
-from dyninf.cache import CacheSpec, KVCache, advance, init_cache
-from dyninf.depth_loop import Driver, LayerRun, default_driver, run_layers, run_static
-from dyninf.model import CausalLM
-from dyninf.plan import Plan, check, leaves_gaps
+from dyninf.cache import CacheSpec, advance, init_cache
+from dyninf.catch_up import no_pending
+from dyninf.decode_state import DecodeState, Generation, check_state
+from dyninf.depth_loop import Driver, check_driver, default_driver, run_layers, run_static
+from dyninf.layer_run import LayerRun
+from dyninf.model import CausalLM, readout_of
+from dyninf.plan import Plan, catches_up, check, leaves_gaps, propagates
 from dyninf.prompts import PAD, check_key, check_prompts, stop_matrix
-from dyninf.pytree import pytree
 from dyninf.stats import StepStats
-
-
-@pytree()
-class DecodeState:
-    """All that one step hands to the next; its types never change.
-
-    Attributes:
-        token: last token of each sequence ``[B]``, not yet in the cache.
-        cache: keys and values of everything before it.
-        depth: state of the depth policy.
-        key: one random key per sequence ``[B]``.
-        done: sequences that hit a stop or filled their cache ``[B]``.
-        step: tokens sampled so far (a scalar; the first is sampled from the prompt).
-        stop: stop sequences ``[R, M]``, right-aligned, filled with -1 on the left.
-        recent: the last M tokens of each sequence ``[B, M]``.
-    """
-
-    token: jax.Array
-    cache: KVCache
-    depth: Any
-    key: jax.Array
-    done: jax.Array
-    step: jax.Array
-    stop: jax.Array
-    recent: jax.Array
-
-
-@pytree()
-class Generation:
-    """Generated tokens ``[B, max_new_tokens]`` (-1 after the end), their number per sequence ``[B]``, and statistics.
-
-    A stop token, or the tokens of a stop sequence, count among the generated ones; ``stopped [B]`` says which
-    sequences ended that way. ``stats`` has one entry per decode step; the first token comes from the prompt.
-    """
-
-    tokens: jax.Array
-    lengths: jax.Array
-    stopped: jax.Array
-    stats: StepStats
 
 
 def prefill(
@@ -101,10 +64,12 @@ def prefill(
         governed_BT=jnp.zeros((batch, length), bool),
         attend=attend_prompt(lengths),
         unembed=model.unembed,
-        fill=plan.fill,
+        readout=readout_of(model),
+        propagate=propagates(plan),
     )
-    kept = plan.depth.prefill_layers(len(model.layers))
-    out = run_static(model.layers, model.embed(tokens), cache.layers, run, kept, ())
+    num_layers = len(model.layers)
+    kept, depth = plan.depth.prefill_layers(num_layers), plan.depth.init((batch, length))
+    out = run_static(model.layers, model.embed(tokens), cache.layers, run, plan.depth, depth, kept)
     last_BTD = jnp.take_along_axis(out.x_BTD, (lengths - 1)[:, None, None], axis=1)
     logits_BV = model.unembed(last_BTD)[:, 0].astype(jnp.float32)
     stop = jnp.zeros((0, 1), jnp.int32) if stop is None else stop
@@ -117,6 +82,7 @@ def prefill(
         step=jnp.int32(0),
         stop=stop,
         recent=jnp.full((batch, stop.shape[1]), PAD, jnp.int32),
+        pending=no_pending(last_BTD, plan.window, num_layers) if catches_up(plan, num_layers) else None,
     )
     return logits_BV, _sample(state, logits_BV, plan)
 
@@ -132,11 +98,12 @@ def decode_step(
         driver: how layers are run; ``None`` takes the plan's default (see :mod:`dyninf.depth_loop`).
 
     Raises:
-        ValueError: if the plan does not fit the model, or the state was made for a plan that keeps other things in it.
+        ValueError: if the plan does not fit the model, the driver cannot run it for this batch, or the state was made
+            for a plan that keeps other things in it.
     """
     check(plan, model)
     num_layers = len(model.layers)
-    _check_state(state, plan)
+    check_state(state, plan, num_layers)
     positions_BT = state.cache.length[:, None]
     live_BT = ~state.done[:, None]
     run = LayerRun(
@@ -144,9 +111,10 @@ def decode_step(
         step_BT=jnp.broadcast_to(state.step - 1, positions_BT.shape),
         live_BT=live_BT,
         governed_BT=live_BT,
-        attend=attend_cached(positions_BT, live_BT, write_inactive=not leaves_gaps(plan)),
+        attend=attend_cached(positions_BT, live_BT, write_inactive=propagates(plan)),
         unembed=model.unembed,
-        fill=plan.fill,
+        readout=readout_of(model),
+        propagate=propagates(plan),
     )
     out = run_layers(
         model.layers,
@@ -155,7 +123,8 @@ def decode_step(
         run,
         plan.depth,
         state.depth,
-        driver=driver or default_driver(plan.depth, num_layers),
+        driver=default_driver(plan.depth, num_layers) if driver is None else driver,
+        pending=state.pending,
     )
     logits_BV = model.unembed(out.x_BTD)[:, 0].astype(jnp.float32)
     live_B = live_BT[:, 0]
@@ -163,7 +132,7 @@ def decode_step(
     stats = StepStats(
         active=live_B, needed=out.needed_BT[:, 0], run=out.run, kv_live=cache.length, kv_read=cache.length
     )
-    state = dataclasses.replace(state, cache=cache, depth=out.state)
+    state = dataclasses.replace(state, cache=cache, depth=out.state, pending=out.pending)
     return _sample(state, logits_BV, plan), stats
 
 
@@ -191,11 +160,11 @@ def generate(
         stop: token ids or sequences of ids that end a text.
 
     Raises:
-        ValueError: if the plan does not fit the model, a prompt is empty or too long, a token is not in the
-            vocabulary, or a sampler that draws got no key.
+        ValueError: if the plan does not fit the model, the driver cannot run it for this batch, a prompt is empty or
+            too long, a token is not in the vocabulary, or a sampler that draws got no key.
     """
     plan = Plan() if plan is None else plan
-    state = _begin(model, tokens, plan, max_new_tokens, key, lengths, stop)
+    state = _begin(model, tokens, plan, max_new_tokens, key, lengths, stop, driver)
     generation, _ = _decode_loop(model, state, plan, max_new_tokens=max_new_tokens, driver=driver)
     return generation
 
@@ -217,14 +186,18 @@ def stream(
     prompt, are ``None``.
     """
     plan = Plan() if plan is None else plan
-    return _stream(model, _begin(model, tokens, plan, max_new_tokens, key, lengths, stop), plan, max_new_tokens, driver)
+    state = _begin(model, tokens, plan, max_new_tokens, key, lengths, stop, driver)
+    return _stream(model, state, plan, max_new_tokens, driver)
 
 
-def _begin(model, tokens, plan, max_new_tokens, key, lengths, stop) -> DecodeState:
+def _begin(model, tokens, plan, max_new_tokens, key, lengths, stop, driver) -> DecodeState:
     """Check everything the caller gave and run the prompts."""
     check(plan, model)
     tokens, lengths = check_prompts(model, tokens, lengths, max_new_tokens)
     key = check_key(key, plan.sampler, tokens.shape[0])
+    if driver is not None:
+        num_layers = len(model.layers)
+        check_driver(driver, plan.depth, num_layers, tokens.shape[0], catches_up=catches_up(plan, num_layers))
     spec = CacheSpec(capacity=tokens.shape[1] + max_new_tokens)
     return _prefill(model, tokens, lengths, plan, spec, key, stop_matrix(stop))[1]
 
@@ -282,14 +255,3 @@ def _stream(model, state, plan, max_new_tokens, driver):
             return
         state, stats = _decode_step(model, state, plan, driver)
         yield np.where(before, PAD, np.asarray(state.token)), stats
-
-
-def _check_state(state: DecodeState, plan: Plan) -> None:
-    made = jax.eval_shape(lambda: plan.depth.init((state.token.shape[0], 1)))
-    same_depth = jax.tree.structure(made) == jax.tree.structure(state.depth)
-    same_cache = leaves_gaps(plan) == (state.cache.layers[0].valid is not None)
-    if not same_depth or not same_cache:
-        raise ValueError(
-            "expected a state that was made for this plan: its depth policy keeps another state, or the cache does not "
-            f"track empty slots as fill={plan.fill!r} needs; call prefill with the same plan"
-        )

@@ -1,14 +1,18 @@
 """What dyninf asks of a model: three methods and a list of layers.
 
 Any pytree with these members runs under a plan, whatever library wrote it. A layer computes q, k and v and hands them
-to the ``attend`` function it was given; cache, selection and kernels live behind that call.
+to the ``attend`` function it was given; cache, selection and kernels live behind that call. A model may also define
+``readout(x_BTD)``, which returns a :class:`pallas_kernels.readout.Readout` of its logits ``[B, T]`` without the logits;
+exits that ask for a probability or a token then use it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.readout import Readout, read_logits
 
 
 class Attend(Protocol):
@@ -53,6 +57,12 @@ def vocab_size(model: CausalLM) -> int:
     """Return the number of token ids the model knows, read off its logits without running it."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(lambda model, tokens: model.unembed(model.embed(tokens)), model, tokens).shape[-1]
+
+
+def readout_of(model: CausalLM) -> Callable[[jax.Array], Readout]:
+    """Return the function that reads states ``[B, T, D]`` out: the model's own, or one made from its logits."""
+    own = getattr(model, "readout", None)
+    return (lambda x_BTD: read_logits(model.unembed(x_BTD))) if own is None else own
 
 
 def max_length(model: CausalLM) -> int | None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax
 
-from dyninf.depth.base import DepthPolicy, RunAll
+from dyninf.depth.base import DepthPolicy, RunAll, require_integer
 from dyninf.kv.base import KeepAll, ReadAll
 from dyninf.model import CausalLM
 from dyninf.pytree import pytree
@@ -17,7 +17,7 @@ from dyninf.sampling import Greedy, Sampler
 from dyninf.sparsity.base import Dense
 
 
-@pytree(static=("fill",))
+@pytree(static=("fill", "window"))
 class Plan:
     """How to run a model.
 
@@ -30,7 +30,9 @@ class Plan:
         select: what a decode step reads of it.
         depth: which layers a token runs.
         fill: keys and values of layers that did not run: ``propagate`` projects them from the token's last state,
-            ``mask`` leaves them empty and hidden.
+            ``mask`` leaves them empty and hidden, ``catch_up`` computes them exactly by running these layers when a
+            later token does (:mod:`dyninf.catch_up`; for policies that exit).
+        window: tokens of a sequence that may wait to catch up (at least 1); the one after them runs every layer.
         draft: a cheap plan that proposes tokens for this one to verify.
         sampler: how the next token is chosen.
     """
@@ -39,7 +41,10 @@ class Plan:
     evict: KeepAll = KeepAll()
     select: ReadAll = ReadAll()
     depth: DepthPolicy = RunAll()
-    fill: Literal["propagate", "mask"] = "propagate"
+    fill: Literal["propagate", "mask", "catch_up"] = "propagate"
+    # With the new token that makes 8, the smallest tile of the matrix units: at batch 1 waiting tokens then ride along
+    # for the time of one. At least one token in 8 is a full one.
+    window: int = 7
     draft: None = None
     sampler: Sampler = Greedy()
 
@@ -47,6 +52,16 @@ class Plan:
 def leaves_gaps(plan: Plan) -> bool:
     """Return whether layers that do not run leave cache slots empty that later tokens would otherwise read."""
     return plan.fill == "mask" and not plan.depth.nested
+
+
+def propagates(plan: Plan) -> bool:
+    """Return whether tokens store the projection of their last state for layers that they do not run."""
+    return plan.fill == "propagate" and not plan.depth.nested
+
+
+def catches_up(plan: Plan, num_layers: int) -> bool:
+    """Return whether tokens wait to run their upper layers; never where no later token would read their keys."""
+    return plan.fill == "catch_up" and not plan.depth.nested and plan.depth.static_layers(num_layers) is None
 
 
 _IDENTITIES = {"sparsity": Dense, "evict": KeepAll, "select": ReadAll, "draft": type(None)}
@@ -73,8 +88,14 @@ def check(plan: Plan, model: CausalLM) -> None:
         value = getattr(plan, name)
         if jax.tree_util.all_leaves([value]):
             raise ValueError(f"expected {name} to be a pytree, got {value!r}; decorate its class with dyninf.pytree()")
-    if plan.fill not in ("propagate", "mask"):
-        raise ValueError(f"expected fill 'propagate' or 'mask', got {plan.fill!r}")
+    if plan.fill not in ("propagate", "mask", "catch_up"):
+        raise ValueError(f"expected fill 'propagate', 'mask' or 'catch_up', got {plan.fill!r}")
+    if plan.fill == "catch_up" and plan.depth.skips:
+        raise ValueError(
+            f"expected a policy that exits for fill='catch_up', got {plan.depth}, which skips layers; use 'propagate' "
+            "or 'mask'"
+        )
+    require_integer("the window", plan.window, 1, float("inf"))
     if not hasattr(model.layers, "__len__"):
         raise ValueError(
             f"expected model.layers to be a sequence, got {type(model.layers).__name__}; unstack the layers"

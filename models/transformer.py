@@ -13,6 +13,7 @@ from flax import nnx
 
 from dyninf.models.config import ModelConfig
 from dyninf.models.layers import INIT_STD, DecoderLayer, rms_norm
+from pallas_kernels.readout import Readout, exit_readout
 
 
 class Transformer(nnx.Module):
@@ -47,6 +48,19 @@ class Transformer(nnx.Module):
             spec, weights = "BTD,DV->BTV", self.unembedding[...]
         return jnp.einsum(spec, x_BTD, weights, preferred_element_type=jnp.float32)
 
+    def readout(self, x_BTD: jax.Array) -> Readout:
+        """Return what the logits of the states of any layer say ``[B, T]``, which a kernel does without the logits."""
+        batch, length, d_model = x_BTD.shape
+        tied = self.unembedding is None
+        out = exit_readout(
+            x_BTD.reshape(batch * length, d_model),
+            self.norm_final[...],
+            self.embedding[...] if tied else self.unembedding[...],
+            eps=self.config.norm_eps,
+            transposed=not tied,
+        )
+        return jax.tree.map(lambda leaf: leaf.reshape(batch, length), out)
+
 
 def stack_layers(model: Transformer) -> Transformer:
     """Return the model with its layers stacked into one layer of arrays with a leading axis L.
@@ -57,18 +71,19 @@ def stack_layers(model: Transformer) -> Transformer:
     windows = {layer.window for layer in model.layers}
     if len(windows) > 1:
         raise ValueError(f"expected every layer to have the same window, got {sorted(map(str, windows))}; keep a list")
-    return _with_layers(model, jax.tree.map(lambda *leaves: jnp.stack(leaves), *model.layers))
+    return replace_layers(model, jax.tree.map(lambda *leaves: jnp.stack(leaves), *model.layers))
 
 
 def unstack_layers(model: Transformer) -> Transformer:
     """Return the model with per-layer arrays; the inverse of :func:`stack_layers`."""
     num_layers = model.config.num_layers
-    return _with_layers(
+    return replace_layers(
         model, nnx.List([jax.tree.map(lambda leaf, i=i: leaf[i], model.layers) for i in range(num_layers)])
     )
 
 
-def _with_layers(model: Transformer, layers: Any) -> Transformer:
+def replace_layers(model: Transformer, layers: Any) -> Transformer:
+    """Return the model with other layers; the given one is left alone."""
     # A rebuilt tree instead of copy.copy: inside jit a copy of a captured model would still belong to the outer trace.
     changed = jax.tree.map(lambda leaf: leaf, model)
     changed.layers = layers

@@ -1,4 +1,4 @@
-"""Attention kernels for dynamic inference; depends on jax alone and can be used without dyninf.
+"""Kernels for dynamic inference; depends on jax alone and can be used without dyninf.
 
 Every operation is a public function with a reference in plain JAX and, where it pays, faster implementations that
 :mod:`pallas_kernels.dispatch` chooses between.
@@ -6,3 +6,11 @@ Every operation is a public function with a reference in plain JAX and, where it
 
 from pallas_kernels.attention import decode_attention as decode_attention
 from pallas_kernels.attention import prefill_attention as prefill_attention
+from pallas_kernels.decoder_stack import DecoderWeights as DecoderWeights
+from pallas_kernels.decoder_stack import decode_layers as decode_layers
+from pallas_kernels.layer_products import norm_gate_up as norm_gate_up
+from pallas_kernels.layer_products import norm_project as norm_project
+from pallas_kernels.layer_products import project_add as project_add
+from pallas_kernels.readout import Readout as Readout
+from pallas_kernels.readout import exit_readout as exit_readout
+from pallas_kernels.readout import read_logits as read_logits

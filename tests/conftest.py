@@ -13,6 +13,7 @@ from typing import Any
 # Read by jax and libtpu when they are imported: do not look for accelerators that the default run does not use.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several test processes compile for TPUs at once
 
 import jax
 import jax.numpy as jnp

@@ -234,7 +234,7 @@ def test_the_cache_may_have_another_dtype_than_the_model(tiny_model, weights, ca
         ({"plan": Plan(depth=Confidence(threshold=1.5))}, "threshold .* got 1.5"),
         ({"plan": Plan(sampler=TopK(k=0)), "key": jax.random.key(0)}, "k .* at least 1, got 0"),
         ({"plan": Plan(sampler=ExitAt(layer=2))}, "expected sampler to be a Sampler"),
-        ({"plan": Plan(fill="copy")}, "expected fill 'propagate' or 'mask', got 'copy'"),
+        ({"plan": Plan(fill="copy")}, "expected fill 'propagate', 'mask' or 'catch_up', got 'copy'"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:30],
 )

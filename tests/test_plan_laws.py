@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dyninf import Greedy, Plan, decode_step, generate, pytree
+from dyninf import Compact, Greedy, Plan, decode_step, generate, pytree
 from dyninf.configs.plans import plans
 from dyninf.depth import (
     Confidence,
@@ -25,15 +25,20 @@ from dyninf.depth import (
     RunAll,
     Saturation,
     SkipLayers,
+    TokenHalting,
     UnifiedSkip,
     every,
 )
 
 L, V, B, T, STEPS = 6, 61, 3, 7, 6
 LENGTHS = np.array([7, 4, 5])
-NAMES = sorted(plans(L))
-STATIC = {name for name in NAMES if plans(L)[name].depth.static_layers(L) is not None}
-ALONE = ("decay_power", "dense", "exit_confidence_masked", "exit_first_of")  # one plan of each kind, to save time
+# A window that this model fills within a few tokens.
+PLANS = {**plans(L), "exit_catch_up": Plan(depth=every(Confidence(threshold=0.9), step=1), fill="catch_up", window=2)}
+NAMES = sorted(PLANS)
+STATIC = {name for name in NAMES if PLANS[name].depth.static_layers(L) is not None}
+# One plan of each kind, to save time.
+ALONE = ("decay_power", "dense", "exit_catch_up", "exit_confidence_masked", "exit_first_of")
+COMPACT = ("decay_power", "exit_confidence")
 DRIVERS = ("segments", "masked", "scan")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits reach 30; the same sums in another order
 
@@ -46,13 +51,22 @@ def assert_same(got, want, rows=slice(None)):
 
 def at_work(name):
     """The plan with thresholds at which this random model exits at several layers within a few tokens."""
-    plan = plans(L)[name]
+    plan = PLANS[name]
     changed = {
         "decay_power": lambda depth: dataclasses.replace(depth, alpha=0.85),
         "decay_linear": lambda depth: dataclasses.replace(depth, length=6.0),
         "exit_saturation": lambda depth: dataclasses.replace(depth, policy=Saturation(threshold=0.9)),
+        "exit_mue": lambda depth: Saturation(threshold=0.9),
+        "halt_tokens": lambda depth: dataclasses.replace(depth, policy=TokenHalting(threshold=0.5)),
     }
     return dataclasses.replace(plan, depth=changed.get(name, lambda depth: depth)(plan.depth))
+
+
+def drivers(name):
+    """The drivers that can run a plan; the one that compiles longest for some plans only."""
+    if PLANS[name].fill == "catch_up":
+        return ("segments",)
+    return (*DRIVERS, *(["unrolled"] if name in STATIC else []), *([Compact(capacity=2)] if name in COMPACT else []))
 
 
 def everything(policy):
@@ -73,6 +87,8 @@ def everything(policy):
             return change(min_layers=L)
         case Confidence() | Saturation():
             return change(threshold=1.0)
+        case TokenHalting():
+            return change(threshold=0.0)
         case Patience():
             return change(patience=L)
         case DecayingThreshold():
@@ -134,7 +150,7 @@ def test_new_threshold_and_rebuilt_plan_are_not_traced_again(roll, name, plan, p
 
 
 def test_state_types_are_a_fixed_point(tiny_model, name, plan, base):
-    for driver in (None, *DRIVERS):
+    for driver in (None, *drivers(name)):
         after, _ = jax.eval_shape(
             lambda m, s, p, d=driver: decode_step(m, s, p, driver=d), tiny_model, base.state, plan
         )
@@ -202,7 +218,7 @@ def test_counts_are_ordered(base, name):
 
 
 def test_the_drivers_agree(roll, name, plan, prompts, base):
-    for driver in (*DRIVERS, *(["unrolled"] if name in STATIC else [])):
+    for driver in drivers(name):
         got = roll(plan, prompts, LENGTHS, driver=driver)
         assert_same(got, base)
         whole = max(plan.depth.prefill_layers(L)) + 1  # layers that the prompt does not run either are not compiled

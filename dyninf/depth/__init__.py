@@ -6,6 +6,7 @@ from dyninf.depth.base import SKIP as SKIP
 from dyninf.depth.base import DepthPolicy as DepthPolicy
 from dyninf.depth.base import LayerObs as LayerObs
 from dyninf.depth.base import RunAll as RunAll
+from dyninf.depth.candidates import CandidateExit as CandidateExit
 from dyninf.depth.combinators import DecayingThreshold as DecayingThreshold
 from dyninf.depth.combinators import FirstOf as FirstOf
 from dyninf.depth.combinators import Restricted as Restricted
@@ -17,8 +18,12 @@ from dyninf.depth.decay import DepthDecay as DepthDecay
 from dyninf.depth.exits import Confidence as Confidence
 from dyninf.depth.exits import Patience as Patience
 from dyninf.depth.exits import Saturation as Saturation
+from dyninf.depth.halting import TokenHalting as TokenHalting
 from dyninf.depth.influence import block_influence as block_influence
 from dyninf.depth.influence import least_influential as least_influential
+from dyninf.depth.mixture import MixtureOfDepths as MixtureOfDepths
+from dyninf.depth.recorded import Recorded as Recorded
+from dyninf.depth.shortcut import DepthShortcut as DepthShortcut
 from dyninf.depth.static import ExitAt as ExitAt
 from dyninf.depth.static import SkipLayers as SkipLayers
 from dyninf.depth.static import UnifiedSkip as UnifiedSkip

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dyninf.pytree import pytree
+from pallas_kernels.readout import Readout, read_logits
 
 RUN, SKIP, EXIT = 0, 1, 2
 
@@ -31,6 +32,8 @@ class LayerObs:
         prev_BTD: state that entered the layer before.
         step_BT: index of the token among the generated ones, 0 for the first.
         logits: call it for the logits ``[B, T, V]`` of ``x_BTD``; costs a pass over the vocabulary matrix.
+        readout: call it for what the logits say ``[B, T]`` without the logits, which a model may do faster than by
+            computing them; made from ``logits`` unless given.
     """
 
     layer: int | jax.Array
@@ -41,6 +44,12 @@ class LayerObs:
     step_BT: jax.Array
     logits: Callable[[], jax.Array]
     asked: tuple[int, ...] | None = None
+    readout: Callable[[], Readout] | None = None
+
+    def __post_init__(self):
+        if self.readout is None:
+            logits = self.logits
+            object.__setattr__(self, "readout", lambda: read_logits(logits()))
 
 
 class DepthPolicy:
@@ -66,6 +75,27 @@ class DepthPolicy:
             raise NotImplementedError(f"expected {type(self).__name__} to define update or static_layers")
         runs_L = jnp.asarray(np.isin(np.arange(obs.num_layers), kept))
         return jnp.full(obs.step_BT.shape, jnp.where(runs_L[obs.layer], RUN, SKIP), jnp.int32), state
+
+    def skip_state(self, state: Any, obs: LayerObs) -> jax.Array | None:
+        """Return the states ``[B, T, D]`` with which tokens that SKIP this layer go on, ``None`` if they keep theirs.
+
+        ``state`` is what :meth:`update` returned for this layer; asked outside conditionals, so it must be cheap.
+        """
+        return None
+
+    def planned_layers(self, step_BT: jax.Array, num_layers: int) -> jax.Array | None:
+        """Return how many leading layers each token runs ``[B, T]`` where that is known before the step, else ``None``.
+
+        Must agree with :meth:`update`; layers that are run by index then need not be asked on the way.
+        """
+        return None
+
+    def cosine_rule(self, num_layers: int) -> tuple[jax.Array | float, tuple[int, ...]] | None:
+        """Return a threshold and decision layers if the policy exits where the cosine of two states exceeds it.
+
+        The states are those that entered the layer before and the layer asked about; ``None`` for any other rule.
+        """
+        return None
 
     def static_layers(self, num_layers: int) -> tuple[int, ...] | None:
         """Return the layers every decoded token runs, ``None`` if that depends on the token."""

@@ -36,6 +36,15 @@ class Restricted(DepthPolicy):
         """Ask the inner policy."""
         return self.policy.update(state, obs)
 
+    def skip_state(self, state: Any, obs: LayerObs) -> jax.Array | None:
+        """Return the inner answer."""
+        return self.policy.skip_state(state, obs)
+
+    def cosine_rule(self, num_layers: int) -> tuple[jax.Array | float, tuple[int, ...]] | None:
+        """Return the inner rule at the decision layers that pass the restriction."""
+        rule = self.policy.cosine_rule(num_layers)
+        return None if rule is None else (rule[0], self.decision_layers(num_layers))
+
     def decision_layers(self, num_layers: int) -> tuple[int, ...]:
         """Return the inner decision layers that pass the restriction."""
         inner = self.policy.decision_layers(num_layers)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from dyninf.depth.base import EXIT, RUN, DepthPolicy, LayerObs, require_number
 from dyninf.pytree import pytree
+from pallas_kernels.readout import Readout
 
 
 @pytree(static=("measure",))
@@ -28,8 +29,8 @@ class Confidence(DepthPolicy):
     measure: Literal["max_prob", "margin", "entropy"] = "max_prob"
 
     def update(self, state: Any, obs: LayerObs) -> tuple[jax.Array, Any]:
-        """Read the logits and compare."""
-        confident_BT = confidence(obs.logits(), self.measure) > self.threshold
+        """Read the state out and compare."""
+        confident_BT = confidence(obs.readout(), self.measure) > self.threshold
         return jnp.where(confident_BT, EXIT, RUN), state
 
     def decision_layers(self, num_layers: int) -> tuple[int, ...]:
@@ -66,6 +67,10 @@ class Saturation(DepthPolicy):
         cosine_BT = jnp.minimum(jnp.sum(x * prev, axis=-1) / jnp.maximum(norms, 1e-30), 1.0)
         return jnp.where(cosine_BT > self.threshold, EXIT, RUN), state
 
+    def cosine_rule(self, num_layers: int) -> tuple[float | jax.Array, tuple[int, ...]]:
+        """Return the threshold: the cosine is the whole rule."""
+        return self.threshold, self.decision_layers(num_layers)
+
     def decision_layers(self, num_layers: int) -> tuple[int, ...]:
         """Return every layer but the first."""
         return tuple(range(1, num_layers))
@@ -97,8 +102,9 @@ class Patience(DepthPolicy):
     def update(self, state: Any, obs: LayerObs) -> tuple[jax.Array, Any]:
         """Count unchanged predictions."""
         last_BT, unchanged_BT = state
-        token_BT = jnp.argmax(obs.logits(), axis=-1).astype(jnp.int32)
-        same_BT = (token_BT == last_BT) & jnp.logical_not(obs.first)
+        token_BT = obs.readout().token
+        # A readout that is not a number predicts no token, -1, twice in a row.
+        same_BT = (token_BT == last_BT) & (token_BT >= 0) & jnp.logical_not(obs.first)
         unchanged_BT = jnp.where(same_BT, unchanged_BT + 1, 0)
         return jnp.where(unchanged_BT >= self.patience, EXIT, RUN), (token_BT, unchanged_BT)
 
@@ -111,14 +117,10 @@ class Patience(DepthPolicy):
         require_number("patience", self.patience, 1, float("inf"))
 
 
-def confidence(logits_BTV: jax.Array, measure: str) -> jax.Array:
+def confidence(readout: Readout, measure: str) -> jax.Array:
     """Return how sure a prediction is, in [0, 1] per token; see :class:`Confidence` for the measures."""
-    log_probs = jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
     if measure == "max_prob":
-        return jnp.exp(jnp.max(log_probs, axis=-1))
+        return readout.max_prob
     if measure == "margin":
-        top, _ = jax.lax.top_k(log_probs, 2)
-        return jnp.exp(top[..., 0]) - jnp.exp(top[..., 1])
-    # A token of probability 0 adds nothing: its logarithm is -inf, their product would be NaN.
-    entropy = -jnp.sum(jnp.where(jnp.isneginf(log_probs), 0.0, jnp.exp(log_probs) * log_probs), axis=-1)
-    return 1.0 - entropy / jnp.log(logits_BTV.shape[-1])
+        return readout.margin
+    return 1.0 - readout.entropy / jnp.log(readout.num_tokens)

@@ -1,13 +1,16 @@
 """Data-dependent exits: every measure by hand, strictness at the threshold, and what each policy pays for."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dyninf import CacheSpec, Plan, check, decode_step, prefill
-from dyninf.depth import EXIT, RUN, Confidence, LayerObs, Patience, Saturation, after_layer, every
-from dyninf.depth.exits import confidence
+from dyninf.depth import EXIT, RUN, Confidence, LayerObs, Patience, Saturation, after_layer, every, exits
+from dyninf.models import Transformer
+from pallas_kernels.readout import read_logits
 
 
 def observe(logits=None, x=((1.0, 0.0),), prev=((1.0, 0.0),), *, first=False, layer=1):
@@ -23,6 +26,10 @@ def observe(logits=None, x=((1.0, 0.0),), prev=((1.0, 0.0),), *, first=False, la
     return LayerObs(
         layer=layer, num_layers=6, first=first, x_BTD=x_BTD, prev_BTD=prev_BTD, step_BT=step_BT, logits=thunk
     )
+
+
+def confidence(logits, measure):
+    return exits.confidence(read_logits(logits), measure)
 
 
 def action(policy, obs, state=()):
@@ -81,6 +88,35 @@ def test_confidence_at_the_threshold_runs_on():
     assert action(Confidence(threshold=0.24), observe(quarter)) == [EXIT]
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf], ids=str)
+def test_logits_that_are_not_numbers_never_exit(bad):
+    logits = jnp.full((1, 4), bad)
+    for measure in ("max_prob", "margin", "entropy"):
+        assert action(Confidence(threshold=0.0, measure=measure), observe(logits)) == [RUN]
+    state = Patience().init((1, 1))
+    for _ in range(3):
+        answer, state = Patience(patience=1).update(state, observe(logits))
+        assert answer.tolist() == [[RUN]]
+
+
+def test_a_policy_takes_the_readout_it_is_handed():
+    """A model's own readout serves instead of its logits."""
+    obs = observe()
+    obs = LayerObs(**{**obs.__dict__, "readout": lambda: read_logits(jnp.array([[[1000.0, 0.0, 0.0]]]))})
+    assert action(Confidence(threshold=0.9), obs) == [EXIT]
+    assert action(Patience(patience=1), obs, (jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32))) == [EXIT]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_readout_of_our_models_is_that_of_their_logits(tiny_model, rng, tied):
+    config = dataclasses.replace(tiny_model.config, num_layers=1, tie_embeddings=tied)
+    model = Transformer(config, jax.random.key(0))
+    x_BTD = jnp.asarray(rng.normal(size=(2, 40, 24)), jnp.float32)
+    got, want = jax.jit(lambda model, x: (model.readout(x), read_logits(model.unembed(x))))(model, x_BTD)
+    assert got.num_tokens == want.num_tokens == 61 and got.token.shape == (2, 40)
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6), got, want)
+
+
 def test_saturation_by_hand_and_without_logits():
     # cos = (3 * 4 + 4 * 3) / (5 * 5) = 0.96 in the first row, 0 in the second, -1 in the third, 0 / 0 in the last.
     obs = observe(
@@ -120,8 +156,9 @@ def test_patience_by_hand(patience, exits):
 def count_readouts(monkeypatch, model, policy):
     """How often the program of one decode step multiplies by the vocabulary matrix."""
     calls = []
-    plain = type(model).unembed
-    monkeypatch.setattr(type(model), "unembed", lambda self, x: calls.append(1) or plain(self, x))
+    for name in ("unembed", "readout"):
+        plain = getattr(type(model), name)
+        monkeypatch.setattr(type(model), name, lambda self, x, plain=plain: calls.append(1) or plain(self, x))
     plan, tokens, lengths = Plan(depth=policy), jnp.zeros((2, 3), jnp.int32), jnp.array([3, 2])
     shapes = jax.eval_shape(
         lambda m, p: prefill(m, tokens, lengths, p, CacheSpec(capacity=5), jax.random.key(0)), model, plan

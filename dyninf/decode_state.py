@@ -1,0 +1,70 @@
+"""What decoding hands from step to step, and what it returns in the end."""
+
+from typing import Any
+
+import jax
+
+from dyninf.cache import KVCache
+from dyninf.catch_up import Pending
+from dyninf.plan import Plan, catches_up, leaves_gaps
+from dyninf.pytree import pytree
+from dyninf.stats import StepStats
+
+
+@pytree()
+class DecodeState:
+    """All that one step hands to the next; its types never change.
+
+    Attributes:
+        token: last token of each sequence ``[B]``, not yet in the cache.
+        cache: keys and values of everything before it.
+        depth: state of the depth policy.
+        key: one random key per sequence ``[B]``.
+        done: sequences that hit a stop or filled their cache ``[B]``.
+        step: tokens sampled so far (a scalar; the first is sampled from the prompt).
+        stop: stop sequences ``[R, M]``, right-aligned, filled with -1 on the left.
+        recent: the last M tokens of each sequence ``[B, M]``.
+        pending: tokens that wait for their upper layers, ``None`` unless the plan catches up.
+    """
+
+    token: jax.Array
+    cache: KVCache
+    depth: Any
+    key: jax.Array
+    done: jax.Array
+    step: jax.Array
+    stop: jax.Array
+    recent: jax.Array
+    pending: Pending | None = None
+
+
+@pytree()
+class Generation:
+    """Generated tokens ``[B, max_new_tokens]`` (-1 after the end), their number per sequence ``[B]``, and statistics.
+
+    A stop token, or the tokens of a stop sequence, count among the generated ones; ``stopped [B]`` says which
+    sequences ended that way. ``stats`` has one entry per decode step; the first token comes from the prompt.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    stopped: jax.Array
+    stats: StepStats
+
+
+def check_state(state: DecodeState, plan: Plan, num_layers: int) -> None:
+    """Raise before any work if a state was made for a plan that keeps other things in it.
+
+    Raises:
+        ValueError: if the policy's state, the tracking of empty slots or the window of waiting tokens differ.
+    """
+    made = jax.eval_shape(lambda: plan.depth.init((state.token.shape[0], 1)))
+    same_depth = jax.tree.structure(made) == jax.tree.structure(state.depth)
+    same_cache = leaves_gaps(plan) == (state.cache.layers[0].valid is not None)
+    window = None if state.pending is None else state.pending.layer_BW.shape[1]
+    same_window = window == (plan.window if catches_up(plan, num_layers) else None)
+    if not (same_depth and same_cache and same_window):
+        raise ValueError(
+            "expected a state that was made for this plan: its depth policy keeps another state, or the cache does not "
+            f"track empty slots or waiting tokens as fill={plan.fill!r} needs; call prefill with the same plan"
+        )

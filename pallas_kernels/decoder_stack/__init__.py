@@ -1,0 +1,216 @@
+"""Run decoder layers on one new token of each sequence, with weights and cache read in place from stacked arrays.
+
+Which layers run is decided by arrays, not by the program: the order of the layers, how many of them each sequence runs,
+and a rule that ends a sequence early. One program serves every depth. Layers are those of the Llama family: RMS norm,
+grouped-query attention with rotary positions (biases and norms of queries and keys optional), gated MLP.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decoder_stack import loop, mosaic_gpu
+from pallas_kernels.decoder_stack.geometry import MAX_ROWS
+from pallas_kernels.dispatch import Implementation, choose, explain, platform
+
+DECODE = (
+    Implementation(name="mosaic_gpu", refuse=mosaic_gpu.refuse, run=mosaic_gpu.decode_layers),
+    Implementation(name="loop", refuse=loop.refuse, run=loop.decode_layers),
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderWeights:
+    """Weights of all layers, each array with a leading layer axis, in the order they are contracted.
+
+    Attributes:
+        norm_attn, norm_mlp: ``[L, D]``.
+        wqkv: ``[L, D, K*(G+2)*H]``: of each key/value head its G queries, its key and its value, H features each.
+            One axis, as several would be padded on a TPU.
+        wo: ``[L, K*G*H, D]``.
+        w_gate_up: ``[L, D, 2*F]``, the gate first.
+        w_down: ``[L, F, D]``.
+        bqkv: ``[L, K*(G+2)*H]`` or ``None``.
+        norm_q, norm_k: ``[L, H]``, norms of each head before rotation, or ``None``.
+    """
+
+    norm_attn: jax.Array
+    wqkv: jax.Array
+    wo: jax.Array
+    norm_mlp: jax.Array
+    w_gate_up: jax.Array
+    w_down: jax.Array
+    bqkv: jax.Array | None = None
+    norm_q: jax.Array | None = None
+    norm_k: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """What a decode step leaves behind.
+
+    Attributes:
+        x_BD: states after the last layer that each sequence ran.
+        before_BD: states that entered the last layer that any sequence ran.
+        k_LBSKH, v_LBSKH: the cache, with the new tokens.
+        ran_B: entries of the order that each sequence ran.
+    """
+
+    x_BD: jax.Array
+    before_BD: jax.Array
+    k_LBSKH: jax.Array
+    v_LBSKH: jax.Array
+    ran_B: jax.Array
+
+
+def decode_layers(
+    x_BD: jax.Array,
+    weights: DecoderWeights,
+    k_LBSKH: jax.Array,
+    v_LBSKH: jax.Array,
+    positions_B: jax.Array,
+    *,
+    order_M: jax.Array,
+    length: jax.Array | None = None,
+    planned_B: jax.Array,
+    live_B: jax.Array,
+    frequencies: jax.Array,
+    eps: float,
+    threshold: jax.Array | None = None,
+    asked_M: jax.Array | None = None,
+    fill: bool = True,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> Decoded:
+    """Run the layers ``order_M`` on one token of each sequence, until every sequence has ended.
+
+    A sequence ends before entry ``planned_B`` or, with a threshold, where the cosine of the states before and after
+    the layer that ran last exceeds it; it keeps its state from then on. Keys and values of entries that others still
+    run are projected from that state (CALM's propagation), and with ``fill`` also those of the entries that nobody
+    runs. Reads every weight and every live cache slot of the entries that run once. Exact when no sequence ends early.
+
+    Args:
+        positions_B: position of each token, the slot its keys and values go to; slots below it are read.
+        order_M: layers in the order they run, each in [0, L); others are clamped.
+        length: entries of the order that exist, the rest is padding; ``None`` for all.
+        planned_B: entries that each sequence runs at most.
+        live_B: sequences that exist; the others run nothing and store nothing.
+        frequencies: rotary frequencies ``[H/2]`` in radians per position.
+        threshold: cosine above which a sequence ends; ``None`` asks nothing. NaN states never end.
+        asked_M: bool, entries before which the rule is asked; ``None`` for all but the first.
+        fill: store keys and values of the entries that nobody runs.
+        window: attend to the last ``window`` positions only (the token's own included).
+        implementation: ``"mosaic_gpu"`` or ``"loop"``; ``None`` takes the fastest that can serve.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit together.
+        NotImplementedError: if the requested implementation cannot serve.
+    """
+    _check(x_BD, weights, k_LBSKH, v_LBSKH, order_M, window)
+    for name, array, like in (
+        ("positions [B]", positions_B, x_BD[:, 0]),
+        ("planned [B]", planned_B, x_BD[:, 0]),
+        ("live [B]", live_B, x_BD[:, 0]),
+        ("asked [M]", asked_M, order_M),
+        ("frequencies [H/2]", frequencies, k_LBSKH[0, 0, 0, 0, ::2]),
+    ):
+        if array is not None and array.shape != like.shape:
+            raise ValueError(f"expected {name} of shape {like.shape}, got {array.shape}")
+    if asked_M is None:
+        asked_M = jnp.ones(order_M.shape, bool)
+    order_M = jnp.clip(order_M, 0, k_LBSKH.shape[0] - 1).astype(jnp.int32)
+    length = jnp.int32(order_M.shape[0]) if length is None else jnp.clip(length, 0, order_M.shape[0]).astype(jnp.int32)
+    planned_B = jnp.where(live_B, jnp.clip(planned_B, 0, length), 0).astype(jnp.int32)
+    if window is not None and window >= k_LBSKH.shape[2]:
+        window = None
+    chosen = choose("decode_layers", DECODE, implementation, **_facts(x_BD, weights, k_LBSKH))
+    x_BD, before_BD, k_LBSKH, v_LBSKH, ran_B = chosen.run(
+        x_BD,
+        weights,
+        k_LBSKH,
+        v_LBSKH,
+        positions_B,
+        order_M=order_M,
+        length=length,
+        planned_B=planned_B,
+        live_B=live_B,
+        frequencies=frequencies,
+        eps=eps,
+        threshold=threshold,
+        asked_M=asked_M,
+        fill=fill,
+        window=window,
+    )
+    return Decoded(x_BD=x_BD, before_BD=before_BD, k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH, ran_B=ran_B)
+
+
+def explain_decode(
+    *, d_model: int, d_ff: int, kv_heads: int, group: int, head_dim: int, batch: int, capacity: int, dtype: str
+) -> list[tuple[str, str | None]]:
+    """Say which implementation could serve :func:`decode_layers` here, and why the others could not."""
+    shape = jax.ShapeDtypeStruct
+    dtype = jnp.dtype(dtype)
+    weights = DecoderWeights(
+        norm_attn=shape((1, d_model), dtype),
+        wqkv=shape((1, d_model, kv_heads * (group + 2) * head_dim), dtype),
+        wo=shape((1, kv_heads * group * head_dim, d_model), dtype),
+        norm_mlp=shape((1, d_model), dtype),
+        w_gate_up=shape((1, d_model, 2 * d_ff), dtype),
+        w_down=shape((1, d_ff, d_model), dtype),
+    )
+    cache = shape((1, batch, capacity, kv_heads, head_dim), dtype)
+    return explain(DECODE, **_facts(shape((batch, d_model), dtype), weights, cache))
+
+
+def _facts(x_BD, weights, k_LBSKH) -> dict:
+    layers, batch, capacity, kv_heads, head_dim = k_LBSKH.shape
+    return {
+        "platform": platform(),
+        "dtypes": {jnp.dtype(leaf.dtype) for leaf in (x_BD, k_LBSKH, *jax.tree.leaves(weights))},
+        "sizes": {
+            "layers": layers,
+            "d_model": x_BD.shape[1],
+            "d_ff": weights.w_down.shape[1],
+            "kv_heads": kv_heads,
+            "group": weights.wo.shape[1] // (kv_heads * head_dim),
+            "head_dim": head_dim,
+            "batch": batch,
+            "capacity": capacity,
+        },
+    }
+
+
+def _check(x_BD, weights, k_LBSKH, v_LBSKH, order_M, window) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"expected a window of at least 1 token, got {window}; use None for full attention")
+    if x_BD.ndim != 2 or not 1 <= x_BD.shape[0] <= MAX_ROWS:
+        raise ValueError(f"expected states [B, D] of 1 to {MAX_ROWS} sequences, got {x_BD.shape}; split the batch")
+    if k_LBSKH.ndim != 5 or k_LBSKH.shape != v_LBSKH.shape or k_LBSKH.shape[1] != x_BD.shape[0]:
+        raise ValueError(
+            f"expected a cache of k, v [L, B, S, K, H] with B={x_BD.shape[0]}, got {k_LBSKH.shape}, {v_LBSKH.shape}"
+        )
+    if order_M.ndim != 1 or not order_M.shape[0]:
+        raise ValueError(f"expected an order [M] of at least one layer, got shape {order_M.shape}")
+    layers, _, _, kv_heads, head_dim = k_LBSKH.shape
+    d_model, d_ff = x_BD.shape[1], weights.w_down.shape[1]
+    queries, keys = max(1, weights.wo.shape[1] // (kv_heads * head_dim)) * kv_heads * head_dim, kv_heads * head_dim
+    expected = {
+        "norm_attn": (layers, d_model),
+        "wqkv": (layers, d_model, queries + 2 * keys),
+        "wo": (layers, queries, d_model),
+        "norm_mlp": (layers, d_model),
+        "w_gate_up": (layers, d_model, 2 * d_ff),
+        "w_down": (layers, d_ff, d_model),
+        "bqkv": (layers, queries + 2 * keys),
+        "norm_q": (layers, head_dim),
+        "norm_k": (layers, head_dim),
+    }
+    for name, shape in expected.items():
+        leaf = getattr(weights, name)
+        if leaf is not None and leaf.shape != shape:
+            raise ValueError(f"expected {name} of shape {shape} for this cache and these states, got {leaf.shape}")
+    if (weights.norm_q is None) != (weights.norm_k is None):
+        raise ValueError("expected norm_q and norm_k together; give both or neither")

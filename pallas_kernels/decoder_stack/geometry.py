@@ -1,0 +1,119 @@
+"""Sizes of a decode step over stacked layers, and how a persistent kernel divides its work.
+
+A *unit* is what one trip through the kernel's ring of buffers brings: ``UNIT`` rows of the contraction by 128 features
+of a product, or the keys or values of ``UNIT`` cache slots of one head. The units of a product, tile by tile, are dealt
+to the blocks in contiguous runs of equal length; a block that begins a tile collects what the following blocks add.
+"""
+
+import dataclasses
+
+UNIT = 128
+PHASES = 5  # per layer: qkv, attention, output projection, gate and up, down
+MAX_ROWS = 64
+MAX_SPLITS = 16
+SHARED_BYTES = 220 * 1024  # of the 227 KiB that a block can have, less barriers and reduction scratch
+
+# What the next product of a layer is, for bringing its first weights into the L2 cache ahead of time.
+FOLLOWING = {"qkv": "out", "out": "gate_up", "gate_up": "down", "down": "qkv"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Static sizes of one kernel.
+
+    Args:
+        layers: stacked layers L.
+        d_model, d_ff, kv_heads, group, head_dim: sizes of a layer; ``group`` query heads share a key/value head.
+        batch: sequences; ``capacity`` cache slots of each.
+        blocks: thread blocks that run at once, one a multiprocessor.
+        ahead: units that are asked into the L2 cache beyond those in the ring.
+    """
+
+    layers: int
+    d_model: int
+    d_ff: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    batch: int
+    capacity: int
+    blocks: int
+    ahead: int = 4
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tensor-core products: the batch, padded to 8, 16, 32 or 64."""
+        return next(rows for rows in (8, 16, 32, MAX_ROWS) if rows >= self.batch)
+
+    @property
+    def head_rows(self) -> int:
+        """Rows kept for a key/value head: its query heads and one for the new key, padded to 8."""
+        return -(-(self.group + 1) // 8) * 8
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 128 features of the residual stream."""
+        return self.d_model // 128
+
+    @property
+    def padded_tiles(self) -> int:
+        """Rows of the arrays of per-tile sums."""
+        return -(-self.tiles // 64) * 64
+
+    @property
+    def heads(self) -> int:
+        """Query, key and value heads together."""
+        return self.kv_heads * (self.group + 2)
+
+    @property
+    def splits(self) -> int:
+        """Parts into which the cache of one head is divided."""
+        return max(1, min(MAX_SPLITS, self.blocks // (self.batch * self.kv_heads)))
+
+    @property
+    def items(self) -> int:
+        """Pieces of attention: one a sequence, key/value head and split."""
+        return self.batch * self.kv_heads * self.splits
+
+    @property
+    def products(self) -> dict[str, tuple[int, int]]:
+        """Tiles and contraction units of each product."""
+        queries = self.kv_heads * self.group * self.head_dim
+        return {
+            "qkv": (self.heads, self.d_model // UNIT),
+            "out": (self.tiles, queries // UNIT),
+            "gate_up": (self.d_ff // 64, self.d_model // UNIT),
+            "down": (self.tiles, self.d_ff // UNIT),
+        }
+
+    @property
+    def stages(self) -> int:
+        """Units in the ring of weights."""
+        return {8: 5, 16: 4, 32: 4, 64: 3}[self.rows]
+
+    @property
+    def feeds(self) -> int:
+        """Units in the ring of activations."""
+        return {8: 8, 16: 8, 32: 5, 64: 4}[self.rows]
+
+    def sharers(self, name: str) -> int:
+        """Return how many blocks at most work on one tile of a product."""
+        tiles, units = self.products[name]
+        workers = min(self.blocks, tiles * units)
+        return min(workers, -(-units // max(1, tiles * units // workers)) + 1)
+
+
+def refuse_geometry(geometry: Geometry) -> str | None:
+    """Return why the kernel cannot serve these sizes, or ``None``."""
+    g = geometry
+    if g.head_dim != 128:
+        return f"needs head_dim 128, got {g.head_dim}"
+    if g.d_model % UNIT or g.d_ff % UNIT:
+        return f"needs d_model and d_ff to be multiples of {UNIT}, got {g.d_model} and {g.d_ff}"
+    if not 1 <= g.batch <= MAX_ROWS:
+        return f"needs 1 to {MAX_ROWS} sequences, got {g.batch}"
+    if g.group > 15:
+        return f"needs at most 15 query heads for a key/value head, got {g.group}"
+    if g.capacity % 8:
+        return f"needs a cache capacity that is a multiple of 8, got {g.capacity}"
+    return None

@@ -1,0 +1,177 @@
+"""Attention within the decoder stack's kernel; see :mod:`pallas_kernels.decoder_stack.mosaic_gpu`.
+
+Scores and mixed values are held transposed, 64 slots or features by the rows of one key/value head: its queries, one
+column each, beside a column for the new key that nobody reads. The new token is a tile of its own with one row that
+counts. Splits of a head are combined by the block that holds the first.
+"""
+
+import functools
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decoder_stack.geometry import PHASES, UNIT
+from pallas_kernels.decoder_stack.tiles import DTYPE, F32, ROWS, TILE, load
+
+EMPTY = -1e30  # score of a slot that must not be read: exp2 of its distance to any score is 0
+LOG2E = math.log2(math.e)
+TOGETHER = 5  # splits whose partial results are loaded at once
+
+
+class Attention:
+    """The attention phase; ``g``, ``r``, ``static``, ``grid`` and ``block`` are the worker's."""
+
+    def attention(self, entry, layer, counts):
+        """Attend from the new tokens to the cache and to themselves, split by slots; store the new keys and values."""
+        g, r = self.g, self.r
+
+        def turn(turn, count):
+            at = self.grid.item(turn, self.static.window)
+            plgpu.barrier_wait(r.head_full)
+            zero = plgpu.layout_cast(jnp.zeros((64, g.head_rows), F32), TILE)
+            rows = lambda value: plgpu.layout_cast(jnp.full((g.head_rows,), value, F32), ROWS)  # noqa: E731
+            slot = plgpu.broadcasted_iota(jnp.int32, (64, g.head_rows), 0, layout=TILE)
+            itself = (slot == g.group) & (at.split == 0)
+            state = (zero, zero, rows(EMPTY), rows(0.0))
+            state = self.attend([(r.new_k, r.new_v, itself)], state)
+
+            def chunk(c, carry):
+                count, state = carry
+                keys, values = lax.rem(count, g.stages), lax.rem(count + 1, g.stages)
+                plgpu.barrier_wait(r.ring_full.at[keys])
+                plgpu.barrier_wait(r.ring_full.at[values])
+                older = at.older - c * UNIT
+                self.clear(values, older)
+                tiles = []
+                for part in range(UNIT // 64):
+                    rows = pl.ds(part * 64, 64)
+                    seen = slot < older - part * 64
+                    if self.static.window is not None:
+                        seen = seen & (slot + part * 64 > older - self.static.window)
+                    tiles.append((r.ring.at[keys, :, rows], r.ring.at[values, :, rows], seen))
+                state = self.attend(tiles, state)
+                plgpu.barrier_arrive(r.ring_free.at[keys])
+                plgpu.barrier_arrive(r.ring_free.at[values])
+                return count + 2, state
+
+            count, state = lax.fori_loop(at.start, at.stop, chunk, (count, state))
+            plgpu.barrier_arrive(r.head_free)
+            self.finish_item(entry, layer, at, state)
+            return count
+
+        return lax.fori_loop(0, self.grid.num_items(), turn, counts[0]), counts[1]
+
+    def clear(self, values, older):
+        """Zero the values of slots that hold nothing yet: whatever they hold must not reach a product."""
+        r = self.r
+
+        @pl.when(older < UNIT)
+        def _():
+            slot = plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=TILE)
+            for part in range(UNIT // 64):
+                for i in (0, 1):
+                    at = (values, i, pl.ds(part * 64, 64))
+                    held = plgpu.load(r.ring.at[at], layout=TILE)
+                    r.ring[at] = jnp.where(slot < older - part * 64, held, jnp.zeros((), DTYPE))
+            plgpu.commit_smem()
+
+    def attend(self, tiles, state):
+        """Add tiles of 64 slots, each ``(keys, values, which slots count)``, to an online softmax."""
+        g, r = self.g, self.r
+        low, high, top, mass = state
+        over = lambda vector: lax.broadcast_in_dim(vector, (64, g.head_rows), [1])  # noqa: E731
+        queries = [r.new_k.at[i, pl.ds(0, g.head_rows)] for i in (0, 1)]
+
+        def score(*sums):
+            for acc, (keys, _, _) in zip(sums, tiles, strict=True):
+                for i in (0, 1):
+                    plgpu.wgmma(acc, keys.at[i], queries[i].T)
+            plgpu.wgmma_wait(0)
+            return [acc[...] for acc in sums]
+
+        sums = plgpu.ACC((64, g.head_rows), F32)
+        scores = pl.run_scoped(score, *[sums] * len(tiles))
+        scale = LOG2E / math.sqrt(g.head_dim)
+        scores = [jnp.where(seen, s * scale, EMPTY) for s, (_, _, seen) in zip(scores, tiles, strict=True)]
+        new_top = jnp.maximum(top, jnp.max(functools.reduce(jnp.maximum, scores), axis=0))
+        probs = [
+            jnp.where(seen, jnp.exp2(s - over(new_top)), 0.0) for s, (_, _, seen) in zip(scores, tiles, strict=True)
+        ]
+        decay = jnp.exp2(top - new_top)
+        mass = mass * decay + jnp.sum(functools.reduce(jnp.add, probs), axis=0)
+        for part, prob in enumerate(probs):
+            r.probs.at[part].T[...] = prob.astype(DTYPE)
+        plgpu.commit_smem()
+
+        def mix(low, high):
+            for part, (_, values, _) in enumerate(tiles):
+                plgpu.wgmma(low, values.at[0].T, r.probs.at[part].T)
+                plgpu.wgmma(high, values.at[1].T, r.probs.at[part].T)
+            plgpu.wgmma_wait(0)
+            return low[...], high[...]
+
+        mixed = pl.run_scoped(mix, sums, sums)
+        return low * over(decay) + mixed[0], high * over(decay) + mixed[1], new_top, mass
+
+    def finish_item(self, entry, layer, at, state):
+        """Hand a split to the first one of its head, or collect them all there."""
+        g, r, grid = self.g, self.r, self.grid
+        if g.splits > 1:
+
+            @pl.when(at.split != 0)
+            def _():
+                for i in (0, 1):
+                    r.split_o[2 * at.item + i] = state[i]
+                    r.split_ml[at.item, i] = state[2 + i]
+                plgpu.semaphore_signal(grid.splits.at[at.head], 1, memory_scope="gpu")
+
+        @pl.when(at.split == 0)
+        def _():
+            grid.wait(PHASES * entry + 1, worker=True)
+
+            @pl.when(r.writes[at.batch] > 0)
+            def _():
+                for which, cache in enumerate((r.k_cache, r.v_cache)):
+                    cache[layer, at.batch, r.position[at.batch], at.kv_head] = r.heads[which, at.head, g.group]
+
+            if g.splits > 1:
+                target = (g.splits - 1) * (entry + 1)
+                plgpu.semaphore_wait(grid.splits.at[at.head], target, decrement=False, memory_scope="gpu")
+                turns = -(-(g.splits - 1) // TOGETHER)
+                merged = lax.fori_loop(0, turns, functools.partial(self.merge, at.item), state)
+            else:
+                merged = state
+            low, high, _, mass = merged
+            inverse = lax.broadcast_in_dim(1 / mass, (64, g.head_rows), [1])
+            for i, mixed in enumerate((low, high)):
+                r.staged_o.at[i].T[...] = (mixed * inverse).astype(DTYPE)
+            plgpu.commit_smem()
+            for query in range(g.group):
+                for i in (0, 1):
+                    features = pl.ds((at.kv_head * g.group + query) * g.head_dim + i * 64, 64)
+                    plgpu.copy_smem_to_gmem(r.staged_o.at[i, query], r.attended.at[at.batch, features])
+            plgpu.wait_smem_to_gmem(0)
+
+    def merge(self, first, turn, state):
+        """Combine ``TOGETHER`` further splits of a head with what has been combined."""
+        g, r = self.g, self.r
+        splits = [state]
+        for offset in range(1, TOGETHER + 1):
+            other = turn * TOGETHER + offset
+            real = (other < g.splits).astype(F32)
+            item = first + jnp.minimum(other, g.splits - 1)
+            halves = [load(r.split_o, (2 * item + i,)) for i in (0, 1)]
+            top, mass = (load(r.split_ml, (item, i), ROWS) for i in (0, 1))
+            splits.append((*halves, top * real + EMPTY * (1 - real), mass))
+        top = functools.reduce(jnp.maximum, [split[2] for split in splits])
+        shares = [jnp.exp2(split[2] - top) for split in splits]
+        over = lambda vector: lax.broadcast_in_dim(vector, (64, g.head_rows), [1])  # noqa: E731
+        low, high = (
+            functools.reduce(jnp.add, [over(share) * split[i] for share, split in zip(shares, splits, strict=True)])
+            for i in (0, 1)
+        )
+        mass = functools.reduce(jnp.add, [share * split[3] for share, split in zip(shares, splits, strict=True)])
+        return low, high, top, mass

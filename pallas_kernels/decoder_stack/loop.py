@@ -1,0 +1,132 @@
+"""The decoder stack as a loop over layers in plain JAX, around products that read a layer's weights in place on TPU.
+
+The reference of :func:`pallas_kernels.decoder_stack.decode_layers`, and what runs where no kernel can.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.attention import decode_attention
+from pallas_kernels.layer_products import norm_gate_up, norm_project, project_add
+
+
+def refuse(**facts: Any) -> None:
+    """Return ``None``: serves every call."""
+
+
+def decode_layers(
+    x_BD,
+    weights,
+    k_LBSKH,
+    v_LBSKH,
+    positions_B,
+    *,
+    order_M,
+    length,
+    planned_B,
+    live_B,
+    frequencies,
+    eps,
+    threshold,
+    asked_M,
+    fill,
+    window,
+):
+    """See :func:`pallas_kernels.decoder_stack.decode_layers`."""
+    cache = (k_LBSKH, v_LBSKH)
+    kv_heads, head_dim = k_LBSKH.shape[3:]
+    project = functools.partial(_project, weights, positions_B, frequencies, eps, (kv_heads, -1, head_dim))
+    store = functools.partial(_store, positions_B, live_B)
+
+    def going(state):
+        entry, _, _, _, exited_B, _, go = state
+        return (entry < length) & go & ~jnp.all(exited_B)
+
+    def body(state):
+        entry, x_BD, before_BD, cache, exited_B, ran_B, _ = state
+        leaves_B = planned_B <= entry
+        if threshold is not None:
+            asked = (entry > 0) & asked_M[entry]
+            leaves_B = leaves_B | (asked & (_cosine(x_BD, before_BD) > threshold))
+        ran_B = jnp.where(leaves_B & ~exited_B, entry, ran_B)
+        exited_B = exited_B | leaves_B
+        layer = order_M[entry]
+
+        def run(x_BD, cache):
+            q_BNH, k_BKH, v_BKH = project(x_BD, layer)
+            cache = store(cache, layer, k_BKH, v_BKH)
+            k_BSKH, v_BSKH = (lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in cache)
+            o_BTNH = decode_attention(
+                q_BNH[:, None], k_BSKH, v_BSKH, jnp.where(live_B, positions_B, -1)[:, None], window=window
+            )
+            o_BF = o_BTNH.reshape(x_BD.shape[0], -1)
+            y_BD = project_add(o_BF, weights.wo, x_BD, layer)
+            hidden_BF = norm_gate_up(y_BD, weights.norm_mlp, weights.w_gate_up, layer, eps=eps)
+            y_BD = project_add(hidden_BF, weights.w_down, y_BD, layer)
+            return jnp.where(exited_B[:, None], x_BD, y_BD), cache
+
+        go = ~jnp.all(exited_B)
+        new_BD, cache = lax.cond(go, run, lambda x_BD, cache: (x_BD, cache), x_BD, cache)
+        before_BD = jnp.where(go, x_BD, before_BD)
+        return entry + go, new_BD, before_BD, cache, exited_B, ran_B, go
+
+    zeros_B = jnp.zeros(planned_B.shape, jnp.int32)
+    state = (jnp.int32(0), x_BD, x_BD, cache, jnp.zeros(planned_B.shape, bool), zeros_B, jnp.bool_(True))
+    ran, x_BD, before_BD, cache, exited_B, ran_B, _ = lax.while_loop(going, body, state)
+    ran_B = jnp.where(exited_B, ran_B, ran)
+    if fill:
+
+        def fill_entry(entry, cache):
+            _, k_BKH, v_BKH = project(x_BD, order_M[entry])
+            return store(cache, order_M[entry], k_BKH, v_BKH)
+
+        cache = lax.fori_loop(ran, length, fill_entry, cache)
+    return x_BD, before_BD, *cache, ran_B
+
+
+def _project(weights, positions_B, frequencies, eps, heads, x_BD, layer) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return rotated queries ``[B, N, H]`` and keys, and values ``[B, K, H]``, of a layer."""
+    qkv_BF = norm_project(x_BD, weights.norm_attn, weights.wqkv, layer, eps=eps, bias_LF=weights.bqkv)
+    qkv_BKMH = qkv_BF.reshape(x_BD.shape[0], *heads)
+    q_BKGH, k_BKH, v_BKH = qkv_BKMH[..., :-2, :], qkv_BKMH[..., -2, :], qkv_BKMH[..., -1, :]
+    if weights.norm_q is not None:
+        q_BKGH = _rms_norm(q_BKGH, weights.norm_q[layer], eps)
+        k_BKH = _rms_norm(k_BKH, weights.norm_k[layer], eps)
+    angles_BH = positions_B[:, None].astype(jnp.float32) * frequencies[None]
+    q_BNH = q_BKGH.reshape(q_BKGH.shape[0], -1, q_BKGH.shape[-1])
+    return _rotate(q_BNH, angles_BH), _rotate(k_BKH, angles_BH), v_BKH
+
+
+def _store(positions_B, live_B, cache, layer, k_BKH, v_BKH):
+    """Write the new keys and values of a layer; sequences that do not exist and full caches are left alone."""
+    batch, capacity = cache[0].shape[1:3]
+    slots_B = jnp.where(live_B & (positions_B >= 0), positions_B, capacity)
+    at = (layer, jnp.arange(batch), slots_B)
+    return tuple(
+        part.at[at].set(new.astype(part.dtype), mode="drop", unique_indices=True)
+        for part, new in zip(cache, (k_BKH, v_BKH), strict=True)
+    )
+
+
+def _cosine(x_BD, before_BD) -> jax.Array:
+    """Return the cosine of two states, at most 1, NaN where one is not finite."""
+    x, before = x_BD.astype(jnp.float32), before_BD.astype(jnp.float32)
+    norms_B = jnp.sqrt(jnp.sum(x * x, axis=-1) * jnp.sum(before * before, axis=-1))
+    return jnp.minimum(jnp.sum(x * before, axis=-1) / jnp.maximum(norms_B, 1e-30), 1.0)
+
+
+def _rms_norm(x, scale_H, eps) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale_H.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + scale_H.shape)).astype(x.dtype)
+
+
+def _rotate(x_BNH, angles_BH) -> jax.Array:
+    """Rotate the halves of each head by its position."""
+    cos, sin = jnp.cos(angles_BH)[:, None], jnp.sin(angles_BH)[:, None]
+    first, second = jnp.split(x_BNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BNH.dtype)

@@ -1,0 +1,457 @@
+"""The decoder stack as one persistent Mosaic GPU kernel for Hopper: no launch, branch or copy between layers.
+
+Every multiprocessor holds one block of three warpgroups. The *streamer* reads weights and cached keys and values by TMA
+into a ring of buffers; nothing it reads depends on the token, so it runs ahead through the phases of a layer, and into
+the L2 cache beyond that. The *feeder* does the same with activations, phase by phase. The *worker* multiplies, with the
+weights as the 64-row left side of the tensor cores' products and the few rows of activations as the right side, so that
+one row costs what eight cost. A phase ends at a barrier over all blocks, whose wait the ring and the L2 cache hide.
+
+Activations live in global memory, features along the last axis for the tensor cores and, for the residual stream, along
+the first: an accumulator holds 64 features by all rows. RMS norms are applied after the product, which commutes with
+scaling rows. Partial sums are added in the order of their blocks, so that results do not depend on timing.
+"""
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decoder_stack.geometry import FOLLOWING, PHASES, UNIT, Geometry, refuse_geometry
+from pallas_kernels.decoder_stack.tiles import divide, fill_tile, fill_units
+from pallas_kernels.decoder_stack.worker import Worker
+
+NEEDED_JAX = (0, 11, 2)
+OUTPUTS = (
+    "stream",
+    "layer_input",
+    "norm_input",
+    "attended",
+    "hidden",
+    "fill_input",
+    "partial",
+    "split_o",
+    "split_ml",
+    "sums",
+    "ended",
+)
+
+
+def refuse(*, platform: str, dtypes: set, sizes: dict, **facts: Any) -> str | None:
+    """Return why the kernel cannot serve, or ``None``."""
+    if platform != "gpu":
+        return f"runs on NVIDIA GPUs, not on {platform}"
+    if NEEDED_JAX > jax.__version_info__:
+        return f"needs jax {'.'.join(map(str, NEEDED_JAX))}, got {jax.__version__}"
+    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
+    if capability != "9.0":
+        return f"needs a Hopper GPU (compute capability 9.0), got {capability}"
+    if dtypes != {jnp.dtype(jnp.bfloat16)}:
+        return f"needs weights, states and cache in bfloat16, got {', '.join(sorted(map(str, dtypes)))}"
+    return refuse_geometry(Geometry(**sizes, blocks=jax.devices()[0].core_count))
+
+
+def decode_layers(
+    x_BD,
+    weights,
+    k_LBSKH,
+    v_LBSKH,
+    positions_B,
+    *,
+    order_M,
+    length,
+    planned_B,
+    live_B,
+    frequencies,
+    eps,
+    threshold,
+    asked_M,
+    fill,
+    window,
+    blocks: int | None = None,
+):
+    """See :func:`pallas_kernels.decoder_stack.decode_layers`; ``blocks`` is one for each multiprocessor by default."""
+    layers, batch, capacity, kv_heads, head_dim = k_LBSKH.shape
+    g = Geometry(
+        layers=layers,
+        d_model=x_BD.shape[1],
+        d_ff=weights.w_down.shape[1],
+        kv_heads=kv_heads,
+        group=weights.wo.shape[1] // (kv_heads * head_dim),
+        head_dim=head_dim,
+        batch=batch,
+        capacity=capacity,
+        blocks=jax.devices()[0].core_count if blocks is None else blocks,
+    )
+    pad_rows = lambda x: jnp.pad(x, [(0, g.rows - batch)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
+    x = pad_rows(x_BD)
+    wide = x.astype(jnp.float32)
+    position = pad_rows(jnp.clip(positions_B, 0, capacity).astype(jnp.int32))
+    angles = frequencies[:, None] * position[None].astype(jnp.float32)
+    squares = jnp.sum(wide * wide, axis=1)
+    writes = live_B & (positions_B >= 0) & (positions_B < capacity)
+    optional = lambda weight: jnp.zeros((1, 128), x.dtype) if weight is None else weight  # noqa: E731
+    values = {
+        "count": jnp.stack([jnp.max(planned_B), length]).astype(jnp.int32),
+        "order": order_M,
+        "asked": asked_M.astype(jnp.int32),
+        "position": position,
+        "writes": pad_rows(writes.astype(jnp.int32)),
+        "planned": pad_rows(planned_B),
+        "threshold": jnp.reshape(jnp.float32(0) if threshold is None else threshold, (1,)).astype(jnp.float32),
+        "norm_attn": weights.norm_attn,
+        "wqkv": weights.wqkv,
+        "bqkv": optional(weights.bqkv),
+        "norm_q": optional(weights.norm_q),
+        "norm_k": optional(weights.norm_k),
+        "wo": weights.wo,
+        "norm_mlp": weights.norm_mlp,
+        "w_gate_up": weights.w_gate_up,
+        "w_down": weights.w_down,
+        "cos": jnp.cos(angles),
+        "sin": jnp.sin(angles),
+        "x": wide.T,
+        "first_input": (wide * weights.norm_attn[order_M[0]].astype(jnp.float32)[None]).astype(x.dtype),
+        "first_sums": jnp.zeros((g.padded_tiles, g.rows), jnp.float32).at[0].set(squares),
+        "k_cache": jax.new_ref(k_LBSKH),
+        "v_cache": jax.new_ref(v_LBSKH),
+        "heads": jax.new_ref(jnp.zeros((2, batch * kv_heads, g.head_rows, head_dim), x.dtype)),
+    }
+    kernel = build(
+        g,
+        eps=eps,
+        rule=threshold is not None,
+        fill=fill,
+        window=window,
+        bias=weights.bqkv is not None,
+        qk_norm=weights.norm_q is not None,
+    )
+    results = dict(zip(OUTPUTS, kernel(*[values[name] for name in INPUTS]), strict=True))
+    ran_B = planned_B if threshold is None else jnp.minimum(results["ended"][:batch], planned_B)
+    x_BD, before_BD = (results[name].T[:batch].astype(x.dtype) for name in ("stream", "layer_input"))
+    return x_BD, before_BD, jax.freeze(values["k_cache"]), jax.freeze(values["v_cache"]), ran_B
+
+
+def build(g: Geometry, *, eps: float, rule: bool, fill: bool, window: int | None, bias: bool, qk_norm: bool):
+    """Return the kernel for one geometry; its arguments are those of :func:`_body`, each an array.
+
+    Args:
+        rule: whether rows leave when the cosine of the states before and after a layer exceeds a threshold.
+        fill: whether layers after the last one that ran store keys and values of the final states.
+    """
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    dtype, f32 = jnp.bfloat16, jnp.float32
+    shape = jax.ShapeDtypeStruct
+    queries = g.kv_heads * g.group * g.head_dim
+    outputs = {
+        "stream": shape((g.d_model, g.rows), f32),
+        "layer_input": shape((g.d_model, g.rows), f32),
+        "norm_input": shape((g.rows, g.d_model), dtype),
+        "attended": shape((g.rows, queries), dtype),
+        "hidden": shape((g.rows, g.d_ff), dtype),
+        "fill_input": shape((g.layers if fill else 1, g.rows, g.d_model), dtype),
+        "partial": shape((2 * g.blocks, 64, g.rows), f32),
+        "split_o": shape((2 * g.items, 64, g.head_rows), f32),
+        "split_ml": shape((g.items, 2, g.head_rows), f32),
+        "sums": shape((4, g.padded_tiles, g.rows), f32),
+        "ended": shape((g.rows,), jnp.int32),
+    }
+    scratch = {
+        "ring": plgpu.SMEM((g.stages, 2, UNIT, 64), dtype, transforms=tiled),
+        "feed": plgpu.SMEM((g.feeds, g.rows, UNIT), dtype, transforms=tiled),
+        "new_k": plgpu.SMEM((2, 64, 64), dtype, transforms=tiled),
+        "new_v": plgpu.SMEM((2, 64, 64), dtype, transforms=tiled),
+        "probs": plgpu.SMEM((UNIT // 64, g.head_rows, 64), dtype, transforms=tiled),
+        "staged": plgpu.SMEM((2, g.rows, 64), dtype),
+        "staged_o": plgpu.SMEM((2, g.head_rows, 64), dtype),
+        "flags": plgpu.SMEM((g.rows,), jnp.int32),
+        "go": plgpu.SMEM((1,), jnp.int32),
+        "ring_full": plgpu.Barrier(num_arrivals=2, num_barriers=g.stages),
+        "ring_free": plgpu.Barrier(num_barriers=g.stages),
+        "feed_full": plgpu.Barrier(num_barriers=g.feeds),
+        "feed_free": plgpu.Barrier(num_barriers=g.feeds),
+        "head_full": plgpu.Barrier(num_arrivals=4),
+        "head_free": plgpu.Barrier(),
+        "decided": plgpu.Barrier(),
+    }
+    if g.blocks == 1:
+        scratch["phase"] = plgpu.Barrier()
+    static = SimpleNamespace(eps=eps, rule=rule, fill=fill, window=window, bias=bias, qk_norm=qk_norm)
+    return plgpu.kernel(
+        functools.partial(_body, g, static),
+        out_type=list(outputs.values()),
+        grid=(g.blocks,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=4096),
+    )
+
+
+INPUTS = (
+    "count",  # int32 [2]: entries of order that run at most, and entries that exist
+    "order",  # int32 [M]: layers, in the order they run
+    "asked",  # int32 [M]: 1 where the rule is asked before that entry
+    "position",  # int32 [rows]: slot of the new token, and how many slots hold older ones
+    "writes",  # int32 [rows]: 1 where the new token's keys and values are stored
+    "planned",  # int32 [rows]: entry of order before which the row stops; 0 for rows that do not exist
+    "threshold",  # float32 [1]
+    "norm_attn",
+    "wqkv",  # [L, D, K(G+2)H]
+    "bqkv",  # [L, K(G+2)H]
+    "norm_q",
+    "norm_k",  # [L, H]
+    "wo",  # [L, KGH, D]
+    "norm_mlp",
+    "w_gate_up",  # [L, D, 2F]
+    "w_down",  # [L, F, D]
+    "cos",
+    "sin",  # float32 [H/2, rows]
+    "x",  # float32 [D, rows]
+    "first_input",  # [rows, D]: x times the first norm's weights
+    "first_sums",  # float32 [padded tiles, rows]: squares of x
+    "k_cache",
+    "v_cache",  # [L, B, S, K, H], changed in place
+    "heads",  # [2, BK, head rows, H], zeros, changed in place: queries and new key; new value
+)
+
+
+def _body(g: Geometry, static: SimpleNamespace, *refs, **scratch):
+    names = INPUTS + OUTPUTS
+    r = SimpleNamespace(**dict(zip(names, refs, strict=True)), **scratch)
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    grid = _Grid(g, r, static, block)
+    pl.when(warpgroup == 1)(lambda: _stream(g, r, static, grid, block))
+    pl.when(warpgroup == 2)(lambda: _feed(g, r, static, grid, block))
+    pl.when(warpgroup == 0)(lambda: Worker(g, r, static, grid, block).run())
+
+
+class _Grid:
+    """Barriers over all blocks, and the division of products among them."""
+
+    def __init__(self, g, r, static, block):
+        self.g, self.r, self.block = g, r, block
+        if g.blocks > 1:
+            self.arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
+            self.splits = _semaphores(g.batch * g.kv_heads)
+            self.tiles = {name: _semaphores(tiles) for name, (tiles, _) in g.products.items()}
+            if static.fill:
+                self.tiles["fill"] = _semaphores(g.layers * 2 * g.kv_heads)
+
+    def wait(self, phase, *, worker=False):
+        """Wait until every block has finished ``phase`` phases."""
+        if self.g.blocks > 1:
+            target = (phase + 1) * self.g.blocks
+            plgpu.semaphore_wait(self.arrived, target, decrement=False, memory_scope="gpu")
+        elif not worker:
+            plgpu.barrier_wait(self.r.phase)
+
+    def finish_phase(self):
+        if self.g.blocks > 1:
+            plgpu.semaphore_signal(self.arrived, 1, memory_scope="gpu")
+        else:
+            plgpu.barrier_arrive(self.r.phase)
+
+    def share(self, units):
+        """Return the first unit of this block and the one behind its last."""
+        workers = jnp.minimum(units, self.g.blocks)
+        index = jnp.minimum(self.block, workers)
+        return lax.div(index * units, workers), lax.div(jnp.minimum(index + 1, workers) * units, workers)
+
+    def product(self, name):
+        tiles, contraction = self.g.products[name]
+        return (*self.share(jnp.int32(tiles * contraction)), contraction)
+
+    def owners(self, tile, contraction, units):
+        """Return the first and the last block that work on a tile."""
+        workers = jnp.minimum(units, self.g.blocks)
+        first = lax.div((tile * contraction + 1) * workers - 1, units)
+        return first, lax.div((tile + 1) * contraction * workers - 1, units)
+
+    def num_items(self):
+        return jnp.maximum(0, lax.div(self.g.items - self.block + self.g.blocks - 1, self.g.blocks))
+
+    def item(self, turn, window):
+        """Return sequence, head, split, first chunk and end of the chunks of this block's item of a turn."""
+        g = self.g
+        item = self.block + turn * g.blocks
+        head, split = divide(item, g.splits)
+        batch, kv_head = divide(head, g.kv_heads)
+        older = self.r.position[batch]
+        first = 0 if window is None else lax.div(jnp.maximum(older - window + 1, 0), UNIT)
+        chunks = lax.div(older + UNIT - 1, UNIT) - first
+        start = first + lax.div(split * chunks, g.splits)
+        return SimpleNamespace(
+            item=item, head=head, batch=batch, kv_head=kv_head, split=split, older=older,
+            start=start, stop=first + lax.div((split + 1) * chunks, g.splits),
+        )  # fmt: skip
+
+
+def _stream(g, r, static, grid, block):
+    """Read weights and cache into the ring, in the order in which the worker takes them."""
+    plgpu.set_max_registers(40, action="decrease")
+
+    def put(count, halves):
+        slot = lax.rem(count, g.stages)
+        plgpu.barrier_wait(r.ring_free.at[slot])
+        for i, half in enumerate(halves):
+            plgpu.copy_gmem_to_smem(half, r.ring.at[slot, i], r.ring_full.at[slot])
+        return count + 1
+
+    def source(name, layer, unit):
+        tile, k = divide(unit, g.products[name][1])
+        rows = pl.ds(k * UNIT, UNIT)
+        if name == "gate_up":
+            return [r.w_gate_up.at[layer, rows, pl.ds(i * g.d_ff + tile * 64, 64)] for i in (0, 1)]
+        weights = {"qkv": r.wqkv, "out": r.wo, "down": r.w_down}[name]
+        return [weights.at[layer, rows, pl.ds(tile * 128 + i * 64, 64)] for i in (0, 1)]
+
+    def units(name, entry, first, stop, count):
+        after = FOLLOWING[name]
+        after_first, after_stop, _ = grid.product(after)
+        after_entry = jnp.minimum(entry + (name == "down"), r.count[0] - 1)
+
+        def unit(u, count):
+            if g.ahead:
+                later = u + g.ahead
+                _, end, _ = grid.product(name)
+
+                @pl.when(later < end)
+                def _():
+                    for half in source(name, r.order[entry], later):
+                        plgpu.async_prefetch(half)
+
+                @pl.when((later >= end) & (after_first + later - end < after_stop))
+                def _():
+                    for half in source(after, r.order[after_entry], after_first + later - end):
+                        plgpu.async_prefetch(half)
+
+            return put(count, source(name, r.order[entry], u))
+
+        return lax.fori_loop(first, stop, unit, count)
+
+    def attention(entry, count):
+        def turn(turn, count):
+            at = grid.item(turn, static.window)
+
+            def chunk(c, count):
+                for cache in (r.k_cache, r.v_cache):
+                    slots = cache.at[r.order[entry], at.batch, pl.ds(c * UNIT, UNIT), at.kv_head]
+                    count = put(count, [slots.at[:, pl.ds(i * 64, 64)] for i in (0, 1)])
+                return count
+
+            return lax.fori_loop(at.start, at.stop, chunk, count)
+
+        return lax.fori_loop(0, grid.num_items(), turn, count)
+
+    def rest(entry, count, qkv_from):
+        count = units("qkv", entry, qkv_from, grid.product("qkv")[1], count)
+        count = attention(entry, count)
+        for name in ("out", "gate_up", "down"):
+            first, stop, _ = grid.product(name)
+            count = units(name, entry, first, stop, count)
+        return count
+
+    def before_decision(entry, count):
+        first, stop, _ = grid.product("qkv")
+        early = jnp.minimum(stop, first + g.stages)
+        return units("qkv", entry, first, early, count), early
+
+    count, ran = _layers(r, static, jnp.int32(0), rest, before_decision, lambda: grid.product("qkv")[0])
+    if static.fill:
+
+        def unit(u, count):
+            tile, k = divide(u, g.d_model // UNIT)
+            entry, kv_head, which = fill_tile(g, tile)
+            column = kv_head * (g.group + 2) + g.group + which
+            at = r.wqkv.at[r.order[ran + entry], pl.ds(k * UNIT, UNIT)]
+            return put(count, [at.at[:, pl.ds(column * 128 + i * 64, 64)] for i in (0, 1)])
+
+        first, stop = grid.share(fill_units(g, r, ran))
+        count = lax.fori_loop(first, stop, unit, count)
+    for i in range(g.stages):
+        plgpu.barrier_wait(r.ring_free.at[lax.rem(count + i, g.stages)])
+
+
+def _feed(g, r, static, grid, block):
+    """Read activations as soon as all blocks have written them."""
+    plgpu.set_max_registers(40, action="decrease")
+
+    def units(source, first, stop, contraction, count, entry_of=None):
+        def unit(u, count):
+            tile, k = divide(u, contraction)
+            slot = lax.rem(count, g.feeds)
+            plgpu.barrier_wait(r.feed_free.at[slot])
+            ref = source if entry_of is None else source.at[entry_of(tile)]
+            plgpu.copy_gmem_to_smem(ref.at[:, pl.ds(k * UNIT, UNIT)], r.feed.at[slot], r.feed_full.at[slot])
+            return count + 1
+
+        return lax.fori_loop(first, stop, unit, count)
+
+    def layer(entry, count, _):
+        grid.wait(PHASES * entry)
+        share = grid.product("qkv")
+        count = lax.cond(
+            entry == 0, lambda c: units(r.first_input, *share, c), lambda c: units(r.norm_input, *share, c), count
+        )
+        grid.wait(PHASES * entry + 1)
+
+        def turn(turn, _):
+            at = grid.item(turn, static.window)
+            plgpu.barrier_wait(r.head_free)
+            for which, new in enumerate((r.new_k, r.new_v)):
+                for i in (0, 1):
+                    source = r.heads.at[which, at.head, :, pl.ds(i * 64, 64)]
+                    plgpu.copy_gmem_to_smem(source, new.at[i, pl.ds(0, g.head_rows)], r.head_full)
+            return 0
+
+        lax.fori_loop(0, grid.num_items(), turn, 0)
+        for phase, (name, source) in enumerate(
+            (("out", r.attended), ("gate_up", r.norm_input), ("down", r.hidden)), start=2
+        ):
+            grid.wait(PHASES * entry + phase)
+            count = units(source, *grid.product(name), count)
+        return count
+
+    count, ran = _layers(r, static, jnp.int32(0), layer)
+    if static.fill:
+        grid.wait(PHASES * ran)  # the states
+        grid.wait(PHASES * ran + 1)  # their normalised forms
+        first, stop = grid.share(fill_units(g, r, ran))
+        entry_of = lambda tile: ran + fill_tile(g, tile)[0]  # noqa: E731
+        count = units(r.fill_input, first, stop, g.d_model // UNIT, count, entry_of)
+    for i in range(g.feeds):
+        plgpu.barrier_wait(r.feed_free.at[lax.rem(count + i, g.feeds)])
+    plgpu.barrier_wait(r.head_free)
+    if g.blocks == 1 and not static.fill:
+        plgpu.barrier_wait(r.phase)
+
+
+def _layers(r, static, count, layer, before_decision=None, first=None):
+    """Run ``layer`` for every entry of the order until the rule ends it; return the count and the entries that ran."""
+    total = r.count[0]
+    if not static.rule:
+        return lax.fori_loop(0, total, lambda entry, count: layer(entry, count, first and first()), count), total
+
+    def body(state):
+        entry, count, _ = state
+        begun = None
+        if before_decision is not None:
+            count, begun = before_decision(entry, count)
+        plgpu.barrier_wait(r.decided)
+        go = r.go[0]
+        count = lax.cond(go > 0, lambda count: layer(entry, count, begun), lambda count: count, count)
+        return entry + go, count, go
+
+    going = lambda state: (state[0] < total) & (state[2] > 0)  # noqa: E731
+    entry, count, _ = lax.while_loop(going, body, (jnp.int32(0), count, jnp.int32(1)))
+    return count, entry
+
+
+def _semaphores(count):
+    return pl.get_global(plgpu.SemaphoreType.REGULAR((count,)))

@@ -1,0 +1,34 @@
+"""Layouts, constants and small helpers that the warpgroups of the decoder stack's kernel share."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decoder_stack.geometry import UNIT
+
+DTYPE, F32 = jnp.bfloat16, jnp.float32
+TILE = plgpu.Layout.WGMMA  # [64 features or slots, rows]
+ROWS = TILE.reduce(0)  # [rows]
+FEATURES = TILE.reduce(1)  # [64]
+INPUT, MIDDLE, DOT, BEFORE = range(4)  # per-tile sums: squares entering a layer and its MLP; products with the input
+
+
+def divide(number, divisor):
+    """Return quotient and remainder of a traced non-negative number."""
+    return lax.div(number, jnp.int32(divisor)), lax.rem(number, jnp.int32(divisor))
+
+
+def fill_units(g, r, ran):
+    """Return the units of the keys and values of the layers that did not run."""
+    return (r.count[1] - ran) * (2 * g.kv_heads * (g.d_model // UNIT))
+
+
+def fill_tile(g, tile):
+    """Return the entry behind those that ran, the key/value head, and 0 for its keys or 1 for its values."""
+    entry, rest = divide(tile, 2 * g.kv_heads)
+    return entry, *divide(rest, 2)
+
+
+def load(ref, index=(), layout=TILE):
+    """Load from global memory in an accumulator's layout."""
+    return plgpu.load(ref.at[index] if index else ref, layout=layout, optimized=False)

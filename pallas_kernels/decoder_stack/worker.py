@@ -1,0 +1,376 @@
+"""The warpgroup of the decoder stack's kernel that computes; see :mod:`pallas_kernels.decoder_stack.mosaic_gpu`."""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decoder_stack.geometry import PHASES, UNIT
+from pallas_kernels.decoder_stack.heads import Attention
+from pallas_kernels.decoder_stack.tiles import (
+    BEFORE,
+    DOT,
+    DTYPE,
+    F32,
+    FEATURES,
+    INPUT,
+    MIDDLE,
+    ROWS,
+    TILE,
+    divide,
+    fill_tile,
+    fill_units,
+    load,
+)
+
+
+class Worker(Attention):
+    """Multiply, attend, and finish tiles."""
+
+    def __init__(self, g, r, static, grid, block):
+        self.g, self.r, self.static, self.grid, self.block = g, r, static, grid, block
+
+    def run(self):
+        g, r, static = self.g, self.r, self.static
+        plgpu.set_max_registers(232, action="increase")
+        self.begin()
+        self.grid.finish_phase()
+        rows = lambda value, dtype: plgpu.layout_cast(jnp.full((g.rows,), value, dtype), ROWS)  # noqa: E731
+        counts = (jnp.int32(0), jnp.int32(0))
+        if static.rule:
+            state = (jnp.int32(0), counts, rows(0, jnp.int32), rows(0, jnp.int32), jnp.int32(1))
+            going = lambda state: (state[0] < r.count[0]) & (state[-1] > 0)  # noqa: E731
+            ran, counts, exited, ended, _ = lax.while_loop(going, self.ruled_layer, state)
+
+            @pl.when(self.block == 0)
+            def _():
+                r.ended[...] = jnp.where(exited > 0, ended, jnp.zeros_like(ended) + ran)
+        else:
+            ran = r.count[0]
+
+            def planned_layer(entry, counts):
+                self.grid.wait(PHASES * entry, worker=True)
+                return self.layer(entry, counts, (load(r.planned, (), ROWS) <= entry).astype(jnp.int32))
+
+            counts = lax.fori_loop(0, ran, planned_layer, counts)
+        if static.fill:
+            self.fill(ran, counts)
+
+    def begin(self):
+        g, r = self.g, self.r
+        for new in (r.new_k, r.new_v):  # rows that no head fills stay zero
+            for i in (0, 1):
+                new[i] = plgpu.layout_cast(jnp.zeros((64, 64), DTYPE), TILE)
+        plgpu.commit_smem()
+        for free in (r.ring_free, r.feed_free):
+            for slot in range(free.shape[0]):
+                plgpu.barrier_arrive(free.at[slot])
+        plgpu.barrier_arrive(r.head_free)
+
+        def copy(turn, _):
+            at = pl.ds((self.block + turn * g.blocks) * 64, 64)
+            r.stream[at] = r.layer_input[at] = load(r.x, (at,))
+            return 0
+
+        lax.fori_loop(0, lax.div(2 * g.tiles - self.block + g.blocks - 1, g.blocks), copy, 0)
+
+        @pl.when(self.block == 0)
+        def _():
+            for part in range(g.padded_tiles // 64):
+                at = pl.ds(part * 64, 64)
+                squares = load(r.first_sums, (at,))
+                r.sums[INPUT, at] = squares
+                for which in (MIDDLE, DOT, BEFORE):
+                    r.sums[which, at] = jnp.zeros_like(squares)
+
+    def ruled_layer(self, state):
+        """Ask the rule which rows leave before an entry; run it if any row stays."""
+        g, r = self.g, self.r
+        entry, counts, exited, ended, _ = state
+        self.grid.wait(PHASES * entry, worker=True)
+        norm = jnp.sqrt(self.total(INPUT) * self.total(BEFORE))
+        cosine = jnp.minimum(self.total(DOT) / jnp.maximum(norm, 1e-30), 1.0)
+        asked = ((entry > 0) & (r.asked[entry] > 0)).astype(F32)
+        leaves = (jnp.where(cosine > r.threshold[0], 1.0, 0.0) * asked).astype(jnp.int32)
+        leaves = jnp.maximum(leaves, (load(r.planned, (), ROWS) <= entry).astype(jnp.int32))
+        ended = jnp.where((leaves > 0) & (exited == 0), jnp.zeros_like(ended) + entry, ended)
+        exited = jnp.maximum(exited, leaves)
+        r.flags[...] = exited
+        staying = g.batch - sum(r.flags[b] for b in range(g.batch))
+        go = (staying > 0).astype(jnp.int32)
+        r.go[0] = go
+        plgpu.barrier_arrive(r.decided)
+        counts = lax.cond(go > 0, lambda c: self.layer(entry, c, exited), self.drain, counts)
+        return entry + go, counts, exited, ended, go
+
+    def drain(self, counts):
+        """Take the weights that were read for a layer that does not run."""
+        g, r = self.g, self.r
+        first, stop, _ = self.grid.product("qkv")
+
+        def take(_, count):
+            slot = lax.rem(count, g.stages)
+            plgpu.barrier_wait(r.ring_full.at[slot])
+            plgpu.barrier_arrive(r.ring_free.at[slot])
+            return count + 1
+
+        return lax.fori_loop(0, jnp.minimum(stop - first, g.stages), take, counts[0]), counts[1]
+
+    def layer(self, entry, counts, exited):
+        layer = self.r.order[entry]
+        counts = self.product("qkv", entry, counts, self.total_rms(INPUT), None, self.finish_qkv)
+        self.grid.finish_phase()
+        counts = self.attention(entry, layer, counts)
+        self.grid.finish_phase()
+        self.grid.wait(PHASES * entry + 2, worker=True)
+        counts = self.product("out", entry, counts, exited, self.begin_residual, self.finish_out)
+        self.grid.finish_phase()
+        self.grid.wait(PHASES * entry + 3, worker=True)
+        counts = self.product("gate_up", entry, counts, self.total_rms(MIDDLE), None, self.finish_gate_up)
+        self.grid.finish_phase()
+        self.grid.wait(PHASES * entry + 4, worker=True)
+        counts = self.product("down", entry, counts, exited, self.begin_residual, self.finish_down)
+        self.grid.finish_phase()
+        return counts
+
+    # ------------------------------------------------------------------ products
+
+    def product(self, name, entry, counts, given, begin, finish, fill_from=None):
+        """Multiply this block's units, and finish the tiles that it begins.
+
+        ``begin`` loads what ``finish`` needs before the other blocks' sums are waited for.
+        """
+        g, r, grid = self.g, self.r, self.grid
+        if fill_from is None:
+            tiles, contraction = g.products[name]
+            units, sharers, turn = jnp.int32(tiles * contraction), g.sharers(name), entry
+        else:
+            contraction = g.d_model // UNIT
+            units, sharers, turn = fill_units(g, r, fill_from), None, jnp.int32(0)
+        first, stop = grid.share(units)
+
+        def tile_loop(tile, counts):
+            start = jnp.maximum(first, tile * contraction)
+            end = jnp.minimum(stop, (tile + 1) * contraction)
+            low, high, counts = self.multiply(start, end, counts)
+            at = (entry, tile, given)
+            if g.blocks == 1:
+                finish(at, begin and begin(at, name), low, high)
+                return counts
+            owner, last = grid.owners(tile, contraction, units)
+
+            @pl.when(owner != self.block)
+            def _():
+                r.partial[2 * self.block], r.partial[2 * self.block + 1] = low, high
+                plgpu.semaphore_signal(grid.tiles[name].at[tile], 1, memory_scope="gpu")
+
+            @pl.when(owner == self.block)
+            def _():
+                begun = begin and begin(at, name)
+                target = (last - owner) * (turn + 1)
+                plgpu.semaphore_wait(grid.tiles[name].at[tile], target, decrement=False, memory_scope="gpu")
+                finish(at, begun, *self.collect(low, high, owner, last, sharers))
+
+            return counts
+
+        tiles_end = jnp.where(stop > first, lax.div(stop + contraction - 1, contraction), lax.div(first, contraction))
+        return lax.fori_loop(lax.div(first, contraction), tiles_end, tile_loop, counts)
+
+    def collect(self, low, high, owner, last, sharers):
+        """Add the other blocks' sums of a tile, in the order of the blocks."""
+
+        def add(block, sums, weight=None):
+            parts = [load(self.r.partial, (2 * block + i,)) for i in (0, 1)]
+            return tuple(s + (p if weight is None else p * weight) for s, p in zip(sums, parts, strict=True))
+
+        if sharers is None or sharers > 8:
+            return lax.fori_loop(owner + 1, last + 1, add, (low, high))
+        sums = (low, high)
+        for offset in range(1, sharers):  # all loads at once
+            block = jnp.minimum(owner + offset, last)
+            sums = add(block, sums, (owner + offset <= last).astype(F32))
+        return sums
+
+    def multiply(self, start, end, counts):
+        """Return a tile's two halves [64, rows], summed over the units from ``start`` to ``end``."""
+        g, r = self.g, self.r
+
+        def accumulate(low, high):
+            def unit(_, counts):
+                ring, feed = lax.rem(counts[0], g.stages), lax.rem(counts[1], g.feeds)
+                plgpu.barrier_wait(r.ring_full.at[ring])
+                plgpu.barrier_wait(r.feed_full.at[feed])
+                plgpu.wgmma(low, r.ring.at[ring, 0].T, r.feed.at[feed].T)
+                plgpu.wgmma(high, r.ring.at[ring, 1].T, r.feed.at[feed].T)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(r.ring_free.at[ring])
+                plgpu.barrier_arrive(r.feed_free.at[feed])
+                return counts[0] + 1, counts[1] + 1
+
+            counts_ = lax.fori_loop(start, end, unit, counts)
+            return low[...], high[...], counts_
+
+        sums = plgpu.ACC((64, g.rows), F32)
+        return pl.run_scoped(accumulate, sums, sums)
+
+    def over_rows(self, vector):
+        return lax.broadcast_in_dim(vector, (64, self.g.rows), [1])
+
+    def over_features(self, vector):
+        return lax.broadcast_in_dim(vector.astype(F32), (64, self.g.rows), [0])
+
+    def total(self, which):
+        """Return the sum over tiles, [rows]."""
+        parts = [
+            jnp.sum(load(self.r.sums, (which, pl.ds(part * 64, 64))), axis=0)
+            for part in range(self.g.padded_tiles // 64)
+        ]
+        return functools.reduce(jnp.add, parts)
+
+    def total_rms(self, which):
+        return lax.rsqrt(self.total(which) / self.g.d_model + self.static.eps)
+
+    def stage(self, halves):
+        for i, half in enumerate(halves):
+            self.r.staged.at[i].T[...] = half.astype(DTYPE)
+        plgpu.commit_smem()
+
+    def finish_qkv(self, at, _, low, high):
+        g, r = self.g, self.r
+        entry, tile, scale = at
+        kv_head, head = divide(tile, g.group + 2)
+        self.stage(self.project_head(r.order[entry], tile, head, scale, low, high))
+
+        def put(b, _):
+            row = r.heads.at[lax.div(head, g.group + 1), b * g.kv_heads + kv_head, jnp.minimum(head, g.group)]
+            for i in (0, 1):
+                plgpu.copy_smem_to_gmem(r.staged.at[i, b], row.at[pl.ds(i * 64, 64)])
+            return 0
+
+        lax.fori_loop(0, g.batch, put, 0)
+        plgpu.wait_smem_to_gmem(0)
+
+    def project_head(self, layer, tile, head, scale, low, high):
+        """Scale a head's product by the RMS norm of its input; add its bias, normalise and rotate it."""
+        g, r, static = self.g, self.r, self.static
+        halves = [half * self.over_rows(scale) for half in (low, high)]
+        if static.bias:
+            bias = [load(r.bqkv, (layer, pl.ds(tile * 128 + i * 64, 64)), FEATURES) for i in (0, 1)]
+            halves = [half + self.over_features(b) for half, b in zip(halves, bias, strict=True)]
+        turned = (head <= g.group).astype(F32)
+        if static.qk_norm:
+            squares = jnp.sum(halves[0] * halves[0] + halves[1] * halves[1], axis=0)
+            scale = self.over_rows(lax.rsqrt(squares / g.head_dim + static.eps))
+            query, key = ((head < g.group).astype(F32), (head == g.group).astype(F32))
+            for i in (0, 1):
+                weight = [load(n, (layer, pl.ds(i * 64, 64)), FEATURES).astype(F32) for n in (r.norm_q, r.norm_k)]
+                factor = scale * self.over_features(weight[0] * query + weight[1] * key) + (1 - turned)
+                halves[i] = halves[i] * (factor * turned + (1 - turned))
+        cos, sin = load(r.cos) * turned + (1 - turned), load(r.sin) * turned
+        return halves[0] * cos - halves[1] * sin, halves[1] * cos + halves[0] * sin
+
+    def begin_residual(self, at, name):
+        r = self.r
+        entry, tile, _ = at
+        norm, layer = r.norm_mlp, r.order[entry]
+        if name == "down":
+            norm, layer = r.norm_attn, r.order[jnp.minimum(entry + 1, r.order.shape[0] - 1)]
+        begun = []
+        for i in (0, 1):
+            features = pl.ds(tile * 128 + i * 64, 64)
+            before = load(r.layer_input, (features,)) if self.static.rule and name == "down" else None
+            begun.append((load(r.stream, (features,)), load(norm, (layer, features), FEATURES), before))
+        return begun
+
+    def finish_out(self, at, begun, low, high):
+        news = self.add_residual(at, begun, low, high, MIDDLE)
+        for i, (old, _, _) in enumerate(begun):
+            self.r.layer_input[pl.ds(at[1] * 128 + i * 64, 64)] = old
+        self.put_residual(at, news)
+
+    def finish_down(self, at, begun, low, high):
+        news = self.add_residual(at, begun, low, high, INPUT)
+        if self.static.rule:
+            befores = [before for _, _, before in begun]
+            self.put_sum(DOT, at[1], news, befores)
+            self.put_sum(BEFORE, at[1], befores, befores)
+        self.put_residual(at, news)
+
+    def add_residual(self, at, begun, low, high, which):
+        """Return the new states of a tile, rounded as the model rounds them; rows that have left keep theirs."""
+        stays = self.over_rows(at[2]) == 0
+        news, inputs = [], []
+        for (old, norm, _), half in zip(begun, (low, high), strict=True):
+            new = (old + half.astype(DTYPE).astype(F32)).astype(DTYPE).astype(F32)
+            news.append(jnp.where(stays, new, old))
+            inputs.append(news[-1] * self.over_features(norm))
+        self.stage(inputs)
+        self.put_sum(which, at[1], news, news)
+        return news
+
+    def put_sum(self, which, tile, left, right):
+        self.r.sums[which, tile] = jnp.sum(left[0] * right[0] + left[1] * right[1], axis=0)
+
+    def put_residual(self, at, news):
+        r = self.r
+        for i, new in enumerate(news):
+            features = pl.ds(at[1] * 128 + i * 64, 64)
+            plgpu.copy_smem_to_gmem(r.staged.at[i], r.norm_input.at[:, features])
+            r.stream[features] = new
+        plgpu.wait_smem_to_gmem(0)
+
+    def finish_gate_up(self, at, _, gate, up):
+        scale = self.over_rows(at[2])
+        gate, up = gate * scale, up * scale
+        self.stage([gate / (1 + jnp.exp(-gate)) * up])
+        plgpu.copy_smem_to_gmem(self.r.staged.at[0], self.r.hidden.at[:, pl.ds(at[1] * 64, 64)])
+        plgpu.wait_smem_to_gmem(0)
+
+    # ------------------------------------------------------------------ layers that did not run
+
+    def fill(self, ran, counts):
+        """Store the keys and values that the layers behind the last one would project from the final states."""
+        g, r = self.g, self.r
+        self.grid.wait(PHASES * ran, worker=True)
+        tasks = (r.count[1] - ran) * g.tiles
+
+        def normalise(task, _):
+            entry, tile = divide(task, g.tiles)
+            inputs = []
+            for i in (0, 1):
+                features = pl.ds(tile * 128 + i * 64, 64)
+                norm = load(r.norm_attn, (r.order[ran + entry], features), FEATURES)
+                inputs.append(load(r.stream, (features,)) * self.over_features(norm))
+            self.stage(inputs)
+            for i in (0, 1):
+                features = pl.ds(tile * 128 + i * 64, 64)
+                plgpu.copy_smem_to_gmem(r.staged.at[i], r.fill_input.at[ran + entry, :, features])
+            plgpu.wait_smem_to_gmem(0)
+            return 0
+
+        lax.fori_loop(*self.grid.share(tasks), normalise, 0)
+        self.grid.finish_phase()
+        self.product("fill", ran, counts, self.total_rms(INPUT), None, self.finish_fill, fill_from=ran)
+
+    def finish_fill(self, at, _, low, high):
+        g, r = self.g, self.r
+        ran, tile, scale = at
+        entry, kv_head, which = fill_tile(g, tile)
+        layer, column = r.order[ran + entry], kv_head * (g.group + 2) + g.group + which
+        self.stage(self.project_head(layer, column, g.group + which, scale, low, high))
+
+        def put(b, _):
+            for number, cache in enumerate((r.k_cache, r.v_cache)):
+
+                @pl.when((which == number) & (r.writes[b] > 0))
+                def _(cache=cache):
+                    slot = cache.at[layer, b, r.position[b], kv_head]
+                    for i in (0, 1):
+                        plgpu.copy_smem_to_gmem(r.staged.at[i, b], slot.at[pl.ds(i * 64, 64)])
+
+            return 0
+
+        lax.fori_loop(0, g.batch, put, 0)
+        plgpu.wait_smem_to_gmem(0)

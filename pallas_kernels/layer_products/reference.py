@@ -1,0 +1,44 @@
+"""Products of one layer of stacked weights in plain JAX: the definition, and what runs where nothing faster can."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def refuse(**facts: Any) -> str | None:
+    """Serve every call."""
+    return None
+
+
+def norm_project(x_BD, norm_LD, weights_LDF, layer, *, eps, bias_LF=None):
+    """See :func:`pallas_kernels.layer_products.norm_project`."""
+    out_BF = _product(_norm(x_BD, _take(norm_LD, layer), eps), _take(weights_LDF, layer))
+    return out_BF if bias_LF is None else out_BF + _take(bias_LF, layer)[None]
+
+
+def project_add(x_BF, weights_LFD, residual_BD, layer):
+    """See :func:`pallas_kernels.layer_products.project_add`."""
+    return residual_BD + _product(x_BF, _take(weights_LFD, layer))
+
+
+def norm_gate_up(x_BD, norm_LD, weights_LDCF, layer, *, eps):
+    """See :func:`pallas_kernels.layer_products.norm_gate_up`."""
+    out = _product(_norm(x_BD, _take(norm_LD, layer), eps), _take(weights_LDCF, layer))
+    hidden_BCF = out.reshape(x_BD.shape[0], 2, -1)
+    return jax.nn.silu(hidden_BCF[:, 0]) * hidden_BCF[:, 1]
+
+
+def _take(stacked, layer):
+    return lax.dynamic_index_in_dim(stacked, layer, 0, keepdims=False)
+
+
+def _norm(x_BD, scale_D, eps):
+    wide = x_BD.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale_D.astype(jnp.float32)[None]).astype(x_BD.dtype)
+
+
+def _product(x_BD, weights):
+    return jnp.einsum("bd,d...->b...", x_BD, weights, preferred_element_type=jnp.float32).astype(x_BD.dtype)

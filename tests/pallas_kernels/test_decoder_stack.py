@@ -1,0 +1,168 @@
+"""The decoder stack against float64 NumPy: the loop on every lane, the Hopper kernel where jax can interpret it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.decoder_stack import decode_layers, mosaic_gpu
+
+EPS = 1e-5
+needs_interpreter = pytest.mark.skipif(
+    jax.__version_info__ < mosaic_gpu.NEEDED_JAX, reason="jax interprets Mosaic GPU kernels from 0.11.2 on"
+)
+
+
+def rotate(x, position, frequencies):
+    first, second = np.split(x, 2, axis=-1)
+    cos, sin = np.cos(position * frequencies), np.sin(position * frequencies)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def norm(x, weight):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + EPS) * weight
+
+
+def oracle(x, weights, k, v, positions, order, planned, frequencies, *, threshold=None, fill=True, window=None):
+    """One sequence at a time, in float64."""
+    x, k, v = (np.array(a, np.float64) for a in (x, k, v))
+    w = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}
+    w = {name: None if leaf is None else np.array(leaf, np.float64) for name, leaf in w.items()}
+    ran, entered = [], np.zeros((len(order), *x.shape))
+    for b, position in enumerate(np.array(positions)):
+        state, before, stopped = x[b], None, None
+        for entry, layer in enumerate(order):
+            entered[entry, b] = state
+            qkv = norm(state, w["norm_attn"][layer]) @ w["wqkv"][layer]
+            qkv = qkv if w["bqkv"] is None else qkv + w["bqkv"][layer]
+            qkv = qkv.reshape(k.shape[3], -1, k.shape[4])
+            q, key, value = qkv[:, :-2], qkv[:, -2], qkv[:, -1]
+            if w["norm_q"] is not None:
+                q, key = norm(q, w["norm_q"][layer]), norm(key, w["norm_k"][layer])
+            q, key = rotate(q, position, frequencies), rotate(key, position, frequencies)
+            if stopped is None and entry and threshold is not None:
+                cosine = state @ before / np.sqrt((state @ state) * (before @ before))
+                stopped = entry if cosine > threshold else None
+            if stopped is None and entry >= planned[b]:
+                stopped = entry
+            k[layer, b, position], v[layer, b, position] = key, value
+            if stopped is not None:
+                continue
+            first = 0 if window is None else max(0, position - window + 1)
+            keys, values = k[layer, b, first : position + 1], v[layer, b, first : position + 1]
+            scores = np.einsum("kgh,skh->kgs", q, keys) / np.sqrt(q.shape[-1])
+            probs = np.exp(scores - scores.max(-1, keepdims=True))
+            attended = np.einsum("kgs,skh->kgh", probs / probs.sum(-1, keepdims=True), values)
+            before = state
+            state = state + attended.reshape(-1) @ w["wo"][layer]
+            gate, up = np.split(norm(state, w["norm_mlp"][layer]) @ w["w_gate_up"][layer], 2)
+            state = state + (gate / (1 + np.exp(-gate)) * up) @ w["w_down"][layer]
+        x[b] = state
+        ran.append(len(order) if stopped is None else stopped)
+    return x, entered[max(ran) - 1], k, v, ran
+
+
+def frequencies_of(case):
+    return 1.0 / 10000.0 ** (np.arange(0, case.head_dim, 2) / case.head_dim)
+
+
+def run(case, rng, order, planned, *, kernel=None, threshold=None, window=None, fill=True):
+    """Return what an implementation gives and what the oracle gives."""
+    x, weights, k, v, positions = case.make(rng)
+    frequencies = frequencies_of(case)
+    options = {
+        "order_M": jnp.array(order, jnp.int32),
+        "planned_B": jnp.array(planned, jnp.int32),
+        "live_B": jnp.ones(len(planned), bool),
+        "frequencies": jnp.asarray(frequencies, jnp.float32),
+        "eps": EPS,
+        "threshold": threshold,
+        "fill": fill,
+        "window": window,
+    }
+    if kernel is not None:
+        got = kernel(
+            x, weights, k, v, positions, asked_M=jnp.ones(len(order), bool), length=jnp.int32(len(order)), **options
+        )
+    else:
+        decoded = decode_layers(x, weights, k, v, positions, implementation="loop", **options)
+        got = (decoded.x_BD, decoded.before_BD, decoded.k_LBSKH, decoded.v_LBSKH, decoded.ran_B)
+    want = oracle(
+        x, weights, k, v, positions, order, planned, frequencies, threshold=threshold, fill=fill, window=window
+    )
+    return got, want
+
+
+def close(got, want, tolerance):
+    *arrays, ran = got
+    *wanted, wanted_ran = want
+    assert ran.tolist() == wanted_ran
+    for array, expected in zip(arrays, wanted, strict=True):
+        array = np.array(array, np.float64)
+        assert np.array_equal(np.isnan(array), np.isnan(expected))
+        assert np.nanmax(np.abs(array - expected)) <= tolerance * np.nanmax(np.abs(expected))
+
+
+CASES = {
+    "every_layer": ({}, (0, 1, 2), (3, 3), {}),
+    "biases_and_norms": ({"bias": True, "qk_norm": True, "layers": 1}, (0,), (1, 1), {}),
+    "an_order_with_gaps": ({"positions": (0, 135)}, (2, 0), (2, 2), {}),
+    "planned_depths_filled": ({"layers": 4}, (0, 1, 2, 3), (1, 2), {}),
+    "a_rule": ({"layers": 4, "positions": (3, 128)}, (0, 1, 2, 3), (4, 4), {"threshold": 0.9}),
+    "a_window": ({"positions": (134, 5)}, (0, 1), (2, 2), {"window": 130}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loop_agrees_with_numpy(rng, stack_case, name):
+    changes, order, planned, options = CASES[name]
+    sizes = {"dtype": "float32", "head_dim": 16, "d_model": 24, "d_ff": 40, "kv_heads": 2, "capacity": 137}
+    case = stack_case(**sizes, **changes)
+    close(*run(case, rng, order, planned, **options), 1e-5)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_agrees_with_numpy(rng, stack_case, interpret, name):
+    changes, order, planned, options = CASES[name]
+    kernel = functools.partial(interpret, races=name == "planned_depths_filled")
+    # bfloat16 keeps 8 bits: 2**-8 a rounding, of which a layer makes several.
+    close(*run(stack_case(**changes), rng, order, planned, kernel=kernel, **options), 0.03)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("batch", [1, 3, 9, 33, 64])
+def test_the_kernel_agrees_with_numpy_on_a_gpu(rng, stack_case, name, batch):
+    changes, order, planned, options = CASES[name]
+    positions = [0, 135, *rng.integers(0, 136, size=64).tolist()][:batch]
+    sizes = {"d_model": 384, "d_ff": 640, "kv_heads": 3, "positions": tuple(positions)}
+    case = stack_case(**changes | sizes)
+    planned = (
+        [int(p) for p in rng.integers(1, len(order) + 1, size=batch)] if "planned" in name else [len(order)] * batch
+    )
+    x, weights, k, v, positions = case.make(rng)
+    frequencies = frequencies_of(case)
+    step = jax.jit(
+        functools.partial(
+            decode_layers,
+            order_M=jnp.array(order),
+            planned_B=jnp.array(planned),
+            live_B=jnp.ones(batch, bool),
+            frequencies=jnp.asarray(frequencies, jnp.float32),
+            eps=EPS,
+            implementation="mosaic_gpu",
+            **options,
+        )
+    )
+    first, second = step(x, weights, k, v, positions), step(x, weights, k, v, positions)
+    close(
+        (first.x_BD, first.before_BD, first.k_LBSKH, first.v_LBSKH, first.ran_B),
+        oracle(x, weights, k, v, positions, order, planned, frequencies, **options),
+        0.03,
+    )
+    for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert np.array_equal(np.array(one, np.float32), np.array(other, np.float32), equal_nan=True)
