@@ -44,15 +44,29 @@ class LayerCache:
 
 @pytree()
 class KVCache:
-    """The caches of all layers and the number of filled slots ``length [B]``."""
+    """The caches of all layers and the number of filled slots ``length [B]``.
 
-    layers: tuple[LayerCache, ...]
+    ``layers`` is a tuple of one cache a layer or, for layers that decode by index, one whose arrays have a leading
+    layer axis ``[L, B, S, K, H]``.
+    """
+
+    layers: tuple[LayerCache, ...] | LayerCache
     length: jax.Array
+
+    @property
+    def stacked(self) -> bool:
+        """Whether all layers share one pair of arrays."""
+        return isinstance(self.layers, LayerCache)
 
     @property
     def capacity(self) -> int:
         """Slots per sequence."""
-        return self.layers[0].k.shape[1]
+        return self.layers.k.shape[2] if self.stacked else self.layers[0].k.shape[1]
+
+    @property
+    def tracks_valid(self) -> bool:
+        """Whether the cache knows which of its slots hold a key."""
+        return (self.layers if self.stacked else self.layers[0]).valid is not None
 
 
 def init_cache(model: CausalLM, batch: int, spec: CacheSpec, *, track_valid: bool = False) -> KVCache:
@@ -101,6 +115,16 @@ def write_prompt(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, writte
     )
 
 
-def advance(cache: KVCache, layers: tuple[LayerCache, ...], count_B: jax.Array) -> KVCache:
+def advance(cache: KVCache, layers: tuple[LayerCache, ...] | LayerCache, count_B: jax.Array) -> KVCache:
     """Return the cache with updated layers and ``count_B`` more filled slots per sequence."""
-    return dataclasses.replace(cache, layers=tuple(layers), length=cache.length + count_B)
+    return dataclasses.replace(cache, layers=layers, length=cache.length + count_B)
+
+
+def stack_caches(layers: tuple[LayerCache, ...]) -> LayerCache:
+    """Return the caches of all layers as one with a leading layer axis; copies them."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def list_caches(stacked: LayerCache) -> tuple[LayerCache, ...]:
+    """Return the caches of single layers; the inverse of :func:`stack_caches`."""
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(stacked.k.shape[0]))

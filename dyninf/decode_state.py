@@ -60,7 +60,7 @@ def check_state(state: DecodeState, plan: Plan, num_layers: int) -> None:
     """
     made = jax.eval_shape(lambda: plan.depth.init((state.token.shape[0], 1)))
     same_depth = jax.tree.structure(made) == jax.tree.structure(state.depth)
-    same_cache = leaves_gaps(plan) == (state.cache.layers[0].valid is not None)
+    same_cache = leaves_gaps(plan) == state.cache.tracks_valid
     window = None if state.pending is None else state.pending.layer_BW.shape[1]
     same_window = window == (plan.window if catches_up(plan, num_layers) else None)
     if not (same_depth and same_cache and same_window):

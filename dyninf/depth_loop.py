@@ -5,6 +5,7 @@ Drivers, which agree by law:
 - ``unrolled``: static schedules. The kept layers, one after the other, no control flow.
 - ``segments``: one conditional per decision (exits) or per skippable layer, over per-layer arrays. Layers that no token
   needs are not read. The default for data-dependent depth.
+- ``indexed``: stacked layers, run by a traced index; see :mod:`dyninf.indexed`. The default for layers that can.
 - ``Compact(capacity=C)``: ``segments`` on C gathered rows where no more of them need the layers; see
   :mod:`dyninf.compaction`.
 - ``masked``: every layer runs, tokens that do not need it keep their state. Teacher forcing and reference semantics.
@@ -28,43 +29,57 @@ from dyninf.cache import LayerCache, write
 from dyninf.catch_up import Pending, catch_up_span, leave_waiting, room
 from dyninf.compaction import Compact, compact_span
 from dyninf.depth.base import DepthPolicy
+from dyninf.indexed import is_indexed, refuse_indexed, run_indexed
 from dyninf.layer_run import LayerRun, LayersOut, decide, layer_groups, observe, plain_span, take_skip_state
 from dyninf.model import DecoderLayer
+from dyninf.plan import Plan, catches_up
 
-Named = Literal["unrolled", "segments", "masked", "scan"]
+Named = Literal["unrolled", "segments", "indexed", "masked", "scan"]
 Driver = Named | Compact
 DRIVERS: tuple[str, ...] = get_args(Named)
 
 
-def default_driver(policy: DepthPolicy, num_layers: int) -> Driver:
-    """Return the driver for decoding: ``unrolled`` for static schedules, ``segments`` for the rest."""
-    return "segments" if policy.static_layers(num_layers) is None else "unrolled"
+def default_driver(layers: Sequence[DecoderLayer], plan: Plan) -> Driver:
+    """Return the driver for decoding.
+
+    ``indexed`` for stacked layers wherever it can run the plan, else ``unrolled`` for static schedules and
+    ``segments`` for the rest.
+    """
+    if is_indexed(layers) and refuse_indexed(plan, len(layers)) is None:
+        return "indexed"
+    return "segments" if plan.depth.static_layers(len(layers)) is None else "unrolled"
 
 
-def check_driver(driver: Any, policy: DepthPolicy, num_layers: int, batch: int, *, catches_up: bool) -> None:
-    """Raise before any work if a driver cannot run a batch of this size under this policy.
+def check_driver(driver: Any, layers: Sequence[DecoderLayer], plan: Plan, batch: int) -> None:
+    """Raise before any work if a driver cannot decode a batch of this size under this plan.
 
     Raises:
         ValueError: if the driver is unknown, ``unrolled`` is asked of a policy that is not static, ``Compact`` would
-            gather the whole batch, or another driver than ``segments`` is asked to catch up.
+            gather the whole batch, another driver than ``segments`` is asked to catch up, or ``indexed`` is asked of
+            layers that are not stacked or of a plan that it cannot run.
     """
+    num_layers = len(layers)
     if not isinstance(driver, Compact) and driver not in DRIVERS:
-        raise ValueError(f"expected driver to be one of {DRIVERS} or Compact(capacity=...), got {driver!r}")
-    if driver == "unrolled" and policy.static_layers(num_layers) is None:
-        raise ValueError(f"expected a static schedule for driver 'unrolled', got {policy}; use 'segments'")
+        raise ValueError(f"expected driver to be Compact(capacity=...) or one of {DRIVERS}, got {driver!r}")
+    if driver == "indexed" and not is_indexed(layers):
+        raise ValueError("expected stacked layers for driver 'indexed'; use dyninf.models.stack_for_decoding")
+    if driver == "indexed" and (reason := refuse_indexed(plan, num_layers)) is not None:
+        raise ValueError(f"expected another driver than 'indexed' for {plan.depth}: {reason}; use 'segments'")
+    if driver == "unrolled" and plan.depth.static_layers(num_layers) is None:
+        raise ValueError(f"expected a static schedule for driver 'unrolled', got {plan.depth}; use 'segments'")
     if isinstance(driver, Compact) and driver.capacity >= batch:
         raise ValueError(
             f"expected a capacity below the batch of {batch}, got {driver}; gathering all rows saves nothing, "
             "use 'segments'"
         )
-    if catches_up and driver != "segments":
+    if catches_up(plan, num_layers) and driver != "segments":
         raise ValueError(f"expected driver 'segments' for fill='catch_up', got {driver!r}; leave the driver out")
 
 
 def run_layers(
     layers: Sequence[DecoderLayer],
     x_BTD: jax.Array,
-    caches: Sequence[LayerCache | None],
+    caches: Sequence[LayerCache | None] | LayerCache,
     run: LayerRun,
     policy: DepthPolicy,
     state: Any,
@@ -72,19 +87,20 @@ def run_layers(
     driver: Driver,
     pending: Pending | None = None,
 ) -> LayersOut:
-    """Run ``x_BTD`` through the layers that ``policy`` asks for.
+    """Run ``x_BTD`` through the layers that ``policy`` asks for; :func:`check_driver` says whether a driver can.
 
     Args:
+        caches: one a layer; for ``indexed`` the stacked cache of all.
         pending: tokens that wait for their upper layers, of a plan that catches up.
 
     Raises:
-        ValueError: if :func:`check_driver` refuses, or ``scan`` is asked of layers that differ in structure.
+        ValueError: if ``scan`` is asked of layers that differ in structure.
     """
     num_layers = len(layers)
-    check_driver(driver, policy, num_layers, x_BTD.shape[0], catches_up=pending is not None)
-    kept = policy.static_layers(num_layers)
+    if driver == "indexed":
+        return run_indexed(layers, x_BTD, caches, run, policy, state)
     if driver == "unrolled":
-        return run_static(layers, x_BTD, caches, run, policy, state, kept)
+        return run_static(layers, x_BTD, caches, run, policy, state, policy.static_layers(num_layers))
     # Decoded tokens run no layer that the prompt did not run: what lies above is not even compiled.
     top = max(policy.prefill_layers(num_layers)) + 1
     decisions = [layer for layer in policy.decision_layers(num_layers) if layer < top]

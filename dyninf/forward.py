@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from dyninf.attention import attend_uncached
 from dyninf.catch_up import force_catch_up
-from dyninf.depth_loop import Driver, run_layers, run_static
+from dyninf.depth_loop import Driver, check_driver, run_layers, run_static
 from dyninf.layer_run import LayerRun
 from dyninf.model import CausalLM, readout_of
 from dyninf.plan import Plan, catches_up, check, leaves_gaps, propagates
@@ -86,6 +86,7 @@ def forward(
             "and one pass holds both; use 'masked'"
         )
     else:
+        check_driver(driver, model.layers, plan, batch)
         out = run_layers(model.layers, x_BTD, caches, run, depth, state, driver=driver)
     return Forward(logits=model.unembed(out.x_BTD), states=out.x_BTD, needed=out.needed_BT)
 

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dyninf.attention import attend_cached, attend_prompt
-from dyninf.cache import CacheSpec, advance, init_cache
+from dyninf.cache import CacheSpec, advance, init_cache, list_caches, stack_caches
 from dyninf.catch_up import no_pending
 from dyninf.decode_state import DecodeState, Generation, check_state
 from dyninf.depth_loop import Driver, check_driver, default_driver, run_layers, run_static
+from dyninf.indexed import is_indexed
 from dyninf.layer_run import LayerRun
 from dyninf.model import CausalLM, readout_of
 from dyninf.plan import Plan, catches_up, check, leaves_gaps, propagates
@@ -75,7 +76,7 @@ def prefill(
     stop = jnp.zeros((0, 1), jnp.int32) if stop is None else stop
     state = DecodeState(
         token=jnp.zeros(batch, jnp.int32),
-        cache=advance(cache, out.caches, lengths),
+        cache=advance(cache, stack_caches(out.caches) if is_indexed(model.layers) else out.caches, lengths),
         depth=plan.depth.init((batch, 1)),
         key=key if key.ndim else jax.random.split(key, batch),
         done=jnp.zeros(batch, bool),
@@ -104,6 +105,8 @@ def decode_step(
     check(plan, model)
     num_layers = len(model.layers)
     check_state(state, plan, num_layers)
+    driver = default_driver(model.layers, plan) if driver is None else driver
+    check_driver(driver, model.layers, plan, state.token.shape[0])
     positions_BT = state.cache.length[:, None]
     live_BT = ~state.done[:, None]
     run = LayerRun(
@@ -116,19 +119,21 @@ def decode_step(
         readout=readout_of(model),
         propagate=propagates(plan),
     )
+    caches, stacked = state.cache.layers, state.cache.stacked
     out = run_layers(
         model.layers,
         model.embed(state.token[:, None]),
-        state.cache.layers,
+        list_caches(caches) if stacked and driver != "indexed" else caches,
         run,
         plan.depth,
         state.depth,
-        driver=default_driver(plan.depth, num_layers) if driver is None else driver,
+        driver=driver,
         pending=state.pending,
     )
     logits_BV = model.unembed(out.x_BTD)[:, 0].astype(jnp.float32)
     live_B = live_BT[:, 0]
-    cache = advance(state.cache, out.caches, live_B.astype(jnp.int32))
+    caches = stack_caches(out.caches) if stacked and driver != "indexed" else out.caches
+    cache = advance(state.cache, caches, live_B.astype(jnp.int32))
     stats = StepStats(
         active=live_B, needed=out.needed_BT[:, 0], run=out.run, kv_live=cache.length, kv_read=cache.length
     )
@@ -196,9 +201,11 @@ def _begin(model, tokens, plan, max_new_tokens, key, lengths, stop, driver) -> D
     tokens, lengths = check_prompts(model, tokens, lengths, max_new_tokens)
     key = check_key(key, plan.sampler, tokens.shape[0])
     if driver is not None:
-        num_layers = len(model.layers)
-        check_driver(driver, plan.depth, num_layers, tokens.shape[0], catches_up=catches_up(plan, num_layers))
-    spec = CacheSpec(capacity=tokens.shape[1] + max_new_tokens)
+        check_driver(driver, model.layers, plan, tokens.shape[0])
+    capacity = tokens.shape[1] + max_new_tokens
+    if is_indexed(model.layers):
+        capacity = -(-capacity // 8) * 8  # what kernels read at once
+    spec = CacheSpec(capacity=capacity)
     return _prefill(model, tokens, lengths, plan, spec, key, stop_matrix(stop))[1]
 
 

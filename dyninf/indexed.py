@@ -15,6 +15,7 @@ import numpy as np
 from dyninf.cache import LayerCache
 from dyninf.depth.base import DepthPolicy
 from dyninf.layer_run import LayerRun, LayersOut, decide, layer_groups, observe
+from dyninf.plan import Plan, catches_up, leaves_gaps
 
 
 class Decoded(Protocol):
@@ -41,13 +42,13 @@ def is_indexed(layers: Any) -> bool:
     return hasattr(layers, "decode")
 
 
-def refuse_indexed(policy: DepthPolicy, num_layers: int, fill: str) -> str | None:
-    """Return why the driver cannot run a policy, or ``None``."""
-    static = policy.static_layers(num_layers) is not None
-    if policy.skips and not static:
+def refuse_indexed(plan: Plan, num_layers: int) -> str | None:
+    """Return why the driver cannot run a plan, or ``None``."""
+    static = plan.depth.static_layers(num_layers) is not None
+    if plan.depth.skips and not static:
         return "it runs leading layers, or a static schedule, and cannot skip by token"
-    if fill != "propagate" and not (static or policy.nested):
-        return f"it stores keys and values of every token in every layer, which fill={fill!r} does not"
+    if leaves_gaps(plan) or catches_up(plan, num_layers):
+        return f"it stores keys and values of every token in every layer, which fill={plan.fill!r} does not"
     return None
 
 

@@ -50,8 +50,10 @@ class StackedLayers(nnx.Module):
         """Return the number of layers."""
         return self.stack.norm_attn.shape[0]
 
-    def __getitem__(self, index: int) -> DecoderLayer:
-        """Return one layer as the module it was."""
+    def __getitem__(self, index: int | slice) -> DecoderLayer | list[DecoderLayer]:
+        """Return one layer as the module it was, or several."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
         if not -len(self) <= index < len(self):
             raise IndexError(f"expected a layer below {len(self)}, got {index}")
         layer = jax.tree.map(lambda leaf: leaf[index], self.stack)

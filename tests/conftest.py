@@ -134,7 +134,7 @@ class Roll:
     def __call__(self, plan, tokens, lengths, *, driver=None, edit=lambda state, step: state):
         """Decode ``steps`` tokens after the first; ``edit(state, step)`` may change the state before each step."""
         # Named even where it is the default, so that both ways of asking share a program.
-        driver = driver or default_driver(plan.depth, len(self.model.layers))
+        driver = driver or default_driver(self.model.layers, plan)
         keys = jax.random.split(jax.random.key(1), len(tokens))
         first, state = self.prefill(self.model, jnp.asarray(tokens), jnp.asarray(lengths), plan, self.spec, keys)
         chosen, logits, counts = [state.token], [first], []

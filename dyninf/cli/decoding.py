@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dyninf
+from dyninf.catch_up import no_pending
 from dyninf.model import CausalLM, kv_shape, vocab_size
 from dyninf.timing import Timing, measure
 
@@ -87,6 +88,7 @@ def random_state(
         step=jnp.int32(1),
         stop=jnp.zeros(like.stop.shape, jnp.int32),
         recent=jnp.zeros(like.recent.shape, jnp.int32),
+        pending=None if like.pending is None else no_pending(like.pending.x_BWD, plan.window, len(model.layers)),
     )
 
 
@@ -96,7 +98,7 @@ def bytes_per_step(model: CausalLM, means: dict[str, float], batch: int) -> floa
     Args:
         means: of the steps, by ``dyninf.summarize``.
     """
-    layers = sum(_size(layer) for layer in model.layers) / len(model.layers)
+    layers = _size(model.layers) / len(model.layers)
     tied = getattr(model, "unembedding", None) is None
     readout = _size(model.embedding if tied else model.unembedding)
     entry = kv_shape(model)

@@ -94,7 +94,7 @@ def _drivers(console: Console) -> None:
         ("static schedules", depth.UnifiedSkip(speedup=2.0)),
         ("data-dependent depth", depth.Confidence(threshold=0.9)),
     ):
-        table.add_row(kind, repr(policy), default_driver(policy, NUM_LAYERS))
+        table.add_row(kind, repr(policy), default_driver((None,) * NUM_LAYERS, dyninf.Plan(depth=policy)))
     console.print(table)
 
 

@@ -1,0 +1,105 @@
+"""The driver ``indexed`` on a stacked model against the drivers over a list of layers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dyninf import CacheSpec, Plan, decode_step, generate, prefill
+from dyninf.configs.plans import plans
+from dyninf.depth import Confidence, DepthDecay, Recorded, Saturation, every, first_of
+from dyninf.indexed import refuse_indexed
+from dyninf.models import stack_for_decoding
+
+NUM_LAYERS = 6
+NAMED = plans(NUM_LAYERS)
+SERVED = ("dense", "unified_skip", "exit_patience", "exit_calm")  # each compiles for seconds
+OWN = {
+    # Thresholds that make the tiny model exit at different layers.
+    "cosine": Plan(depth=Saturation(threshold=0.75)),
+    "cosine_at_some_layers": Plan(depth=every(Saturation(threshold=0.7), step=2)),
+    "asked_in_groups": Plan(depth=every(first_of(Confidence(threshold=0.3), Saturation(threshold=0.8)), step=2)),
+    "recorded": Plan(depth=Recorded(depths=jnp.array([[6, 2, 3], [1, 6, 4], [5, 5, 1]]))),
+    "recorded_alike": Plan(depth=Recorded(depths=jnp.array([9, 0, 2]))),
+}
+PROMPTS, LENGTHS = np.array([[3, 14, 15, 9, 2], [6, 5, 35, 0, 0], [8, 0, 0, 0, 0]]), np.array([5, 3, 1])
+
+
+@pytest.fixture(scope="module")
+def stacked(tiny_model):
+    return stack_for_decoding(tiny_model)
+
+
+def test_most_named_plans_can_be_indexed():
+    refused = {name for name, plan in NAMED.items() if refuse_indexed(plan, NUM_LAYERS) is not None}
+    assert refused == {"decay_power", "decay_linear", "exit_confidence_masked", "halt_tokens"}
+
+
+@pytest.mark.parametrize("name", [*SERVED, *OWN])
+def test_tokens_and_depths_are_those_of_the_list(tiny_model, stacked, name):
+    plan = OWN.get(name) or NAMED[name]
+    options = {"lengths": LENGTHS, "max_new_tokens": 7}
+    one, other = (generate(model, PROMPTS, plan, **options) for model in (tiny_model, stacked))
+    assert np.array_equal(one.tokens, other.tokens)
+    assert np.array_equal(one.stats.needed, other.stats.needed)
+    assert np.array_equal(one.stats.run, other.stats.run)
+    if name in OWN:
+        assert len(np.unique(one.stats.needed)) > 1, "the depths must differ for this to say anything"
+
+
+def test_the_cache_holds_what_the_list_holds(tiny_model, stacked):
+    plan = OWN["recorded"]
+    states = []
+    for model in (tiny_model, stacked):
+        state = prefill(model, PROMPTS, LENGTHS, plan, CacheSpec(capacity=16), jax.random.key(0))[1]
+        for _ in range(3):
+            state, _ = decode_step(model, state, plan)
+        states.append(state)
+    listed, stack = states
+    assert stack.cache.stacked and stack.cache.capacity == 16 and np.array_equal(stack.cache.length, [8, 6, 4])
+    for layer, cache in enumerate(listed.cache.layers):
+        for name in ("k", "v"):
+            assert np.allclose(getattr(cache, name), getattr(stack.cache.layers, name)[layer], atol=1e-5)
+
+
+def test_other_drivers_run_stacked_layers_too(tiny_model, stacked):
+    plan = OWN["cosine"]
+    want = generate(tiny_model, PROMPTS, plan, lengths=LENGTHS, max_new_tokens=4)
+    got = generate(stacked, PROMPTS, plan, lengths=LENGTHS, max_new_tokens=4, driver="segments")
+    assert np.array_equal(got.tokens, want.tokens)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Plan(depth=DepthDecay()), "cannot skip by token"),
+        (Plan(depth=Saturation(threshold=0.9), fill="mask"), "fill='mask' does not"),
+        (Plan(depth=Saturation(threshold=0.9), fill="catch_up"), "fill='catch_up' does not"),
+    ],
+    ids=["skips", "mask", "catch_up"],
+)
+def test_a_plan_that_it_cannot_run_is_refused_or_left_to_segments(stacked, plan, message):
+    with pytest.raises(ValueError, match=message):
+        generate(stacked, [1, 2], plan, max_new_tokens=2, driver="indexed")
+    assert generate(stacked, [1, 2], plan, max_new_tokens=2).tokens.shape == (1, 2)
+
+
+def test_a_list_of_layers_is_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"expected stacked layers.*stack_for_decoding"):
+        generate(tiny_model, [1, 2], max_new_tokens=2, driver="indexed")
+
+
+def test_a_new_threshold_or_table_needs_no_second_program(stacked):
+    step = jax.jit(decode_step)
+    state = prefill(stacked, PROMPTS, LENGTHS, Plan(), CacheSpec(capacity=16), jax.random.key(0))[1]
+    for threshold in (0.1, 0.5, 0.9):
+        step(stacked, state, Plan(depth=Saturation(threshold=threshold)))
+    for depths in ([1, 2], [3, 4]):
+        step(stacked, state, Plan(depth=Recorded(depths=jnp.array(depths))))
+    assert step._cache_size() == 2
+
+
+@pytest.mark.parametrize("depths", [jnp.ones((2, 3)), jnp.int32(3), jnp.zeros((0,), jnp.int32)])
+def test_a_table_of_depths_must_be_whole_numbers(tiny_model, depths):
+    with pytest.raises(ValueError, match=r"integers \[S\] or \[S, B\]"):
+        generate(tiny_model, [1, 2], Plan(depth=Recorded(depths=depths)), max_new_tokens=2)
