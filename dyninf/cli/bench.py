@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         for batch, plan_name in bar.track([(b, p) for b in batches for p in plans], description="decoding"):
             timed = _time(model, plans[plan_name], batch, arguments)
             rows.append({"bench": "decode", "model": name, "plan": plan_name, "dtype": dtype, "batch": batch, **timed})
-    about = _about(model)
+    about = describe_run(model)
     for row in rows:
         dense = [other for other in rows if other["plan"] == "dense" and other["batch"] == row["batch"]]
         row["speedup"] = dense[0]["median_ms"] / row["median_ms"] if dense else None
@@ -145,7 +145,8 @@ def _model(arguments: argparse.Namespace, dtype: str) -> tuple[str, models.Trans
     return arguments.shape, models.Transformer(shapes()[arguments.shape], jax.random.key(0), DTYPES[dtype])
 
 
-def _about(model: models.Transformer) -> dict[str, Any]:
+def describe_run(model: models.Transformer) -> dict[str, Any]:
+    """Return where a row comes from: shapes, device, versions, commit."""
     config = model.config
     names = ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
     return {

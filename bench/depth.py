@@ -1,0 +1,204 @@
+"""What dynamic depth costs and saves while decoding, against the same thing written the obvious way.
+
+Every program decodes the same random tokens from the same kind of random state: dense; a depth that is data, decided at
+every layer, for all, a half and a quarter of the layers; and the naive programs over stacked weights. Run it where the
+numbers shall come from: ``python bench/depth.py --shape llama3-8b --dtype bfloat16 --jsonl FILE``.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+import dyninf
+from dyninf import Plan, depth, models
+from dyninf.attention import attend_cached
+from dyninf.cache import LayerCache
+from dyninf.cli.bench import describe_run
+from dyninf.cli.decoding import bytes_per_step, decode_steps, random_state
+from dyninf.configs.models import shapes
+from dyninf.timing import measure
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+SHARES = {"all": 1, "half": 2, "quarter": 4}
+
+
+def main() -> int:
+    """Time the programs and print one JSON object a row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="tiny", choices=shapes())
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--context", type=int, default=256, help="cache slots")
+    parser.add_argument("--filled", type=int, help="slots filled before the first step (default: half of them)")
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", help="names to run, separated by commas (default: all)")
+    parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too")
+    arguments = parser.parse_args()
+    arguments.filled = arguments.filled or arguments.context // 2
+    if arguments.filled + arguments.steps > arguments.context:
+        parser.error(f"expected --filled + --steps up to --context={arguments.context}")
+    only = None if arguments.only is None else arguments.only.split(",")
+    dense = None
+    for stacked in (False, True):
+        model = models.Transformer(shapes()[arguments.shape], jax.random.key(0), DTYPES[arguments.dtype])
+        model = models.stack_for_decoding(model) if stacked else model
+        for name, plan, decode in programs(model, stacked):
+            if only is not None and name not in only:
+                continue
+            row = time_program(model, plan, decode, arguments)
+            dense = row["median_ms"] if name == "dense_list" else dense
+            speedup = dense and dense / row["median_ms"]
+            row = {"bench": "depth", "program": name, "speedup": speedup, **row, **describe_run(model)}
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
+            if arguments.jsonl is not None:
+                with arguments.jsonl.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+    return 0
+
+
+def programs(model: models.Transformer, stacked: bool) -> list[tuple[str, Plan, Callable]]:
+    """Return name, plan and decoding function of every program over a list of layers, or over stacked ones."""
+    num_layers = len(model.layers)
+    kept = {share: max(1, num_layers // parts) for share, parts in SHARES.items()}
+    recorded = {share: Plan(depth=depth.Recorded(depths=jnp.array([count]))) for share, count in kept.items()}
+    if not stacked:
+        found = [("dense_list", Plan(), decode_steps)]
+        found += [(f"segments_{share}", plan, decode_steps) for share, plan in recorded.items()]
+        grouped = depth.every(recorded["all"].depth, step=max(1, num_layers // 8))
+        return [*found, ("segments_grouped_all", Plan(depth=grouped), decode_steps)]
+    found = [("dense_indexed", Plan(), decode_steps)]
+    found += [(f"indexed_{share}", plan, decode_steps) for share, plan in recorded.items()]
+    # A rule that the layers follow themselves; no cosine exceeds 1, so that every layer is asked and kept.
+    found += [("indexed_cosine_all", Plan(depth=depth.Saturation(threshold=1.0)), decode_steps)]
+    found += [("naive_scan_all", Plan(), jax.jit(naive_scan, donate_argnums=1))]
+    for share, count in kept.items():
+        for kind, function in (("while", naive_while), ("cond", naive_cond)):
+            decode = functools.partial(jax.jit(function, donate_argnums=1), count=jnp.int32(count))
+            found.append((f"naive_{kind}_{share}", Plan(), decode))
+    return found
+
+
+def time_program(model: models.Transformer, plan: Plan, decode: Callable, arguments: argparse.Namespace) -> dict:
+    """Return the times of one decode step, and what it must read."""
+    key = jax.random.key(0)
+    sizes = {"batch": arguments.batch, "length": arguments.filled, "capacity": arguments.context}
+    start = random_state(model, plan, **sizes, key=key)
+    tokens_NB = jax.random.randint(
+        jax.random.fold_in(key, 1), (arguments.steps, arguments.batch), 0, model.config.vocab_size
+    )
+    spent = []
+
+    def run(state: dyninf.DecodeState) -> Any:
+        spent[:] = [decode(model, state, plan, tokens_NB)[1]]
+        return spent
+
+    timing = measure(run, warmup=1, repeats=arguments.repeats, setup=lambda: jax.tree.map(jnp.copy, start))
+    timing, means = timing.per(arguments.steps), dyninf.summarize(spent[0])
+    num_bytes = bytes_per_step(model, means, arguments.batch)
+    return {
+        "batch": arguments.batch,
+        "context": arguments.context,
+        "filled": arguments.filled,
+        "dtype": arguments.dtype,
+        "median_ms": 1000 * timing.median,
+        "p10_ms": 1000 * timing.p10,
+        "p90_ms": 1000 * timing.p90,
+        "tokens_per_s": arguments.batch / timing.median,
+        "layers_run": means["layers_run"],
+        "bytes_per_step": num_bytes,
+        "achieved_gb_s": num_bytes / timing.median / 1e9,
+    }
+
+
+def naive_while(model, state, plan, tokens_NB, count):
+    """Decode with ``lax.while_loop`` over dynamically indexed layers, as early exit is usually written."""
+
+    def layers(x_BTD, k, v, step):
+        def body(carry):
+            index, x_BTD, k, v = carry
+            return index + 1, *step(index, x_BTD, k, v)
+
+        return lax.while_loop(lambda carry: carry[0] < count, body, (jnp.int32(0), x_BTD, k, v))[1:]
+
+    return _naive(model, state, tokens_NB, layers, count)
+
+
+def naive_scan(model, state, plan, tokens_NB):
+    """Decode with ``lax.scan`` over the stacked layers and caches."""
+    num_layers = len(model.layers)
+
+    def layers(x_BTD, k, v, step):
+        def body(x_BTD, inputs):
+            layer, k_BSKH, v_BSKH = inputs
+            return step.run(layer, x_BTD, k_BSKH, v_BSKH)
+
+        x_BTD, (k, v) = lax.scan(body, x_BTD, (model.layers.stack, k, v))
+        return x_BTD, k, v
+
+    return _naive(model, state, tokens_NB, layers, jnp.int32(num_layers))
+
+
+def naive_cond(model, state, plan, tokens_NB, count):
+    """Decode with one ``lax.cond`` a layer over static slices of the stacked weights."""
+
+    def layers(x_BTD, k, v, step):
+        for index in range(len(model.layers)):
+            run = functools.partial(step, index)
+            x_BTD, k, v = lax.cond(index < count, run, lambda *operands: operands, x_BTD, k, v)
+        return x_BTD, k, v
+
+    return _naive(model, state, tokens_NB, layers, count)
+
+
+class _Step:
+    """One layer of a stacked model on one token of each sequence."""
+
+    def __init__(self, layers: models.StackedLayers, positions_BT: jax.Array):
+        self.layers, self.positions_BT = layers, positions_BT
+
+    def __call__(self, index, x_BTD, k, v):
+        take = lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False)  # noqa: E731
+        x_BTD, new = self.run(jax.tree.map(take, self.layers.stack), x_BTD, take(k), take(v))
+        return x_BTD, *(
+            lax.dynamic_update_index_in_dim(old, part, index, 0) for old, part in zip((k, v), new, strict=True)
+        )
+
+    def run(self, layer, x_BTD, k_BSKH, v_BSKH):
+        layer = jax.tree.map(lambda leaf: leaf, layer)  # a copy whose weights may be replaced
+        for name, shape in (("wqkv", "qkv_shape"), ("wo", "out_shape"), ("w_gate_up", "gate_up_shape")):
+            setattr(layer, name, nnx.Param(getattr(layer, name)[...].reshape(getattr(self.layers, shape))))
+        live_BT = jnp.ones(self.positions_BT.shape, bool)
+        attend = attend_cached(self.positions_BT, live_BT, write_inactive=True)(LayerCache(k=k_BSKH, v=v_BSKH), live_BT)
+        x_BTD, cache = layer(x_BTD, self.positions_BT, attend)
+        return x_BTD, (cache.k, cache.v)
+
+
+def _naive(model, state, tokens_NB, layers, count):
+    def body(carry, token_B):
+        k, v, length = carry
+        x_BTD, k, v = layers(model.embed(token_B[:, None]), k, v, _Step(model.layers, length[:, None]))
+        chosen_B = jnp.argmax(model.unembed(x_BTD)[:, 0], axis=-1)
+        live_B = jnp.ones(token_B.shape, bool)
+        stats = dyninf.StepStats(
+            active=live_B, needed=jnp.full(token_B.shape, count), run=count, kv_live=length + 1, kv_read=length + 1
+        )
+        return (k, v, length + 1), (stats, chosen_B)
+
+    cache = state.cache
+    carry, (stats, chosen_NB) = lax.scan(body, (cache.layers.k, cache.layers.v, cache.length), tokens_NB)
+    return (carry, chosen_NB), stats
+
+
+if __name__ == "__main__":
+    sys.exit(main())
