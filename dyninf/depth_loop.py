@@ -60,7 +60,7 @@ def check_driver(driver: Any, layers: Sequence[DecoderLayer], plan: Plan, batch:
     """
     num_layers = len(layers)
     if not isinstance(driver, Compact) and driver not in DRIVERS:
-        raise ValueError(f"expected driver to be Compact(capacity=...) or one of {DRIVERS}, got {driver!r}")
+        raise ValueError(f"expected driver to be one of {DRIVERS} or Compact(capacity=...), got {driver!r}")
     if driver == "indexed" and not is_indexed(layers):
         raise ValueError("expected stacked layers for driver 'indexed'; use dyninf.models.stack_for_decoding")
     if driver == "indexed" and (reason := refuse_indexed(plan, num_layers)) is not None:

@@ -32,12 +32,33 @@ def pytree(*, static: tuple[str, ...] = ()) -> Callable[[type], type]:
         if unknown:
             raise ValueError(f"expected static fields among {names}, got {unknown}; correct the decorator of {cls}")
         leaves = [name for name in names if name not in static]
-        jax.tree_util.register_dataclass(cls, data_fields=leaves, meta_fields=list(static))
+        _register(cls, leaves, static)
         cls.__eq__ = _equal
         cls.__hash__ = _hash
         return cls
 
     return decorate
+
+
+def _register(cls: type, leaves: list[str], static: tuple[str, ...]) -> None:
+    # Not jax.tree_util.register_dataclass: structures that it makes compare equal when only their classes differ (seen
+    # with jax 0.10.2 and 0.11.2), and jit may then run the program of another policy.
+    keys = [jax.tree_util.GetAttrKey(name) for name in leaves]
+
+    def aux(value: Any) -> tuple:
+        return (cls, *(getattr(value, name) for name in static))
+
+    def flatten(value: Any) -> tuple[tuple, tuple]:
+        return tuple(getattr(value, name) for name in leaves), aux(value)
+
+    def flatten_with_keys(value: Any) -> tuple[tuple, tuple]:
+        return tuple((key, getattr(value, name)) for key, name in zip(keys, leaves, strict=True)), aux(value)
+
+    def unflatten(structure: tuple, children: tuple) -> Any:
+        fields = dict(zip(leaves, children, strict=True))
+        return cls(**fields, **dict(zip(static, structure[1:], strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 
 
 def _equal(self: Any, other: Any) -> bool:

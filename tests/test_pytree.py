@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dyninf import Plan, describe, pytree
-from dyninf.depth import Confidence, ExitAt, every, first_of
+from dyninf.depth import Confidence, ExitAt, UnifiedSkip, every, first_of
 
 
 @pytree(static=("size",))
@@ -86,3 +86,10 @@ def test_describe_names_what_differs_from_dense():
     assert describe(Plan()) == "dense"
     plan = Plan(depth=ExitAt(layer=2), fill="mask")
     assert describe(plan) == "depth=ExitAt(layer=2), fill='mask'"
+
+
+def test_structures_of_different_classes_differ():
+    """Two policies with equal static fields must not share a compiled program."""
+    one, other = jax.tree.structure(ExitAt(layer=2)), jax.tree.structure(UnifiedSkip(speedup=2.0))
+    assert one != other
+    assert jax.tree.structure(Plan(depth=ExitAt(layer=2))) != jax.tree.structure(Plan(depth=UnifiedSkip(speedup=2.0)))

@@ -120,7 +120,7 @@ class Worker(Attention):
 
     def layer(self, entry, counts, exited):
         layer = self.r.order[entry]
-        counts = self.product("qkv", entry, counts, self.total_rms(INPUT), None, self.finish_qkv)
+        counts = self.product("qkv", entry, counts, None, self.begin_heads, self.finish_qkv)
         self.grid.finish_phase()
         counts = self.attention(entry, layer, counts)
         self.grid.finish_phase()
@@ -128,7 +128,7 @@ class Worker(Attention):
         counts = self.product("out", entry, counts, exited, self.begin_residual, self.finish_out)
         self.grid.finish_phase()
         self.grid.wait(PHASES * entry + 3, worker=True)
-        counts = self.product("gate_up", entry, counts, self.total_rms(MIDDLE), None, self.finish_gate_up)
+        counts = self.product("gate_up", entry, counts, None, self.begin_gate_up, self.finish_gate_up)
         self.grid.finish_phase()
         self.grid.wait(PHASES * entry + 4, worker=True)
         counts = self.product("down", entry, counts, exited, self.begin_residual, self.finish_down)
@@ -137,7 +137,7 @@ class Worker(Attention):
 
     # ------------------------------------------------------------------ products
 
-    def product(self, name, entry, counts, given, begin, finish, fill_from=None):
+    def product(self, name, entry, counts, exited, begin, finish, fill_from=None):
         """Multiply this block's units, and finish the tiles that it begins.
 
         ``begin`` loads what ``finish`` needs before the other blocks' sums are waited for.
@@ -155,9 +155,9 @@ class Worker(Attention):
             start = jnp.maximum(first, tile * contraction)
             end = jnp.minimum(stop, (tile + 1) * contraction)
             low, high, counts = self.multiply(start, end, counts)
-            at = (entry, tile, given)
+            at = (entry, tile, exited)
             if g.blocks == 1:
-                finish(at, begin and begin(at, name), low, high)
+                finish(at, begin(at, name), low, high)
                 return counts
             owner, last = grid.owners(tile, contraction, units)
 
@@ -168,7 +168,7 @@ class Worker(Attention):
 
             @pl.when(owner == self.block)
             def _():
-                begun = begin and begin(at, name)
+                begun = begin(at, name)
                 target = (last - owner) * (turn + 1)
                 plgpu.semaphore_wait(grid.tiles[name].at[tile], target, decrement=False, memory_scope="gpu")
                 finish(at, begun, *self.collect(low, high, owner, last, sharers))
@@ -237,11 +237,14 @@ class Worker(Attention):
             self.r.staged.at[i].T[...] = half.astype(DTYPE)
         plgpu.commit_smem()
 
-    def finish_qkv(self, at, _, low, high):
+    def begin_heads(self, at, name):
+        return self.total_rms(INPUT), load(self.r.cos), load(self.r.sin)
+
+    def finish_qkv(self, at, begun, low, high):
         g, r = self.g, self.r
-        entry, tile, scale = at
+        entry, tile, _ = at
         kv_head, head = divide(tile, g.group + 2)
-        self.stage(self.project_head(r.order[entry], tile, head, scale, low, high))
+        self.stage(self.project_head(r.order[entry], tile, head, begun, low, high))
 
         def put(b, _):
             row = r.heads.at[lax.div(head, g.group + 1), b * g.kv_heads + kv_head, jnp.minimum(head, g.group)]
@@ -252,9 +255,10 @@ class Worker(Attention):
         lax.fori_loop(0, g.batch, put, 0)
         plgpu.wait_smem_to_gmem(0)
 
-    def project_head(self, layer, tile, head, scale, low, high):
+    def project_head(self, layer, tile, head, begun, low, high):
         """Scale a head's product by the RMS norm of its input; add its bias, normalise and rotate it."""
         g, r, static = self.g, self.r, self.static
+        scale, cos, sin = begun
         halves = [half * self.over_rows(scale) for half in (low, high)]
         if static.bias:
             bias = [load(r.bqkv, (layer, pl.ds(tile * 128 + i * 64, 64)), FEATURES) for i in (0, 1)]
@@ -268,7 +272,7 @@ class Worker(Attention):
                 weight = [load(n, (layer, pl.ds(i * 64, 64)), FEATURES).astype(F32) for n in (r.norm_q, r.norm_k)]
                 factor = scale * self.over_features(weight[0] * query + weight[1] * key) + (1 - turned)
                 halves[i] = halves[i] * (factor * turned + (1 - turned))
-        cos, sin = load(r.cos) * turned + (1 - turned), load(r.sin) * turned
+        cos, sin = cos * turned + (1 - turned), sin * turned
         return halves[0] * cos - halves[1] * sin, halves[1] * cos + halves[0] * sin
 
     def begin_residual(self, at, name):
@@ -321,8 +325,11 @@ class Worker(Attention):
             r.stream[features] = new
         plgpu.wait_smem_to_gmem(0)
 
-    def finish_gate_up(self, at, _, gate, up):
-        scale = self.over_rows(at[2])
+    def begin_gate_up(self, at, name):
+        return self.total_rms(MIDDLE)
+
+    def finish_gate_up(self, at, begun, gate, up):
+        scale = self.over_rows(begun)
         gate, up = gate * scale, up * scale
         self.stage([gate / (1 + jnp.exp(-gate)) * up])
         plgpu.copy_smem_to_gmem(self.r.staged.at[0], self.r.hidden.at[:, pl.ds(at[1] * 64, 64)])
@@ -352,14 +359,14 @@ class Worker(Attention):
 
         lax.fori_loop(*self.grid.share(tasks), normalise, 0)
         self.grid.finish_phase()
-        self.product("fill", ran, counts, self.total_rms(INPUT), None, self.finish_fill, fill_from=ran)
+        self.product("fill", ran, counts, None, self.begin_heads, self.finish_fill, fill_from=ran)
 
-    def finish_fill(self, at, _, low, high):
+    def finish_fill(self, at, begun, low, high):
         g, r = self.g, self.r
-        ran, tile, scale = at
+        ran, tile, _ = at
         entry, kv_head, which = fill_tile(g, tile)
         layer, column = r.order[ran + entry], kv_head * (g.group + 2) + g.group + which
-        self.stage(self.project_head(layer, column, g.group + which, scale, low, high))
+        self.stage(self.project_head(layer, column, g.group + which, begun, low, high))
 
         def put(b, _):
             for number, cache in enumerate((r.k_cache, r.v_cache)):
