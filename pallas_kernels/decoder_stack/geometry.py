@@ -26,7 +26,7 @@ class Geometry:
         d_model, d_ff, kv_heads, group, head_dim: sizes of a layer; ``group`` query heads share a key/value head.
         batch: sequences; ``capacity`` cache slots of each.
         blocks: thread blocks that run at once, one a multiprocessor.
-        ahead: units that are asked into the L2 cache beyond those in the ring.
+        ahead: units that are asked into the L2 cache when the ring is full and its first unit waits for a barrier.
     """
 
     layers: int
@@ -38,7 +38,8 @@ class Geometry:
     batch: int
     capacity: int
     blocks: int
-    ahead: int = 4
+    ahead: int = 0
+    in_flight: int = 2
 
     @property
     def rows(self) -> int:
@@ -89,18 +90,17 @@ class Geometry:
     @property
     def stages(self) -> int:
         """Units in the ring of weights."""
-        return {8: 5, 16: 4, 32: 4, 64: 3}[self.rows]
+        return {8: 6, 16: 5, 32: 5, 64: 4}[self.rows]
 
     @property
     def feeds(self) -> int:
         """Units in the ring of activations."""
         return {8: 8, 16: 8, 32: 5, 64: 4}[self.rows]
 
-    def sharers(self, name: str) -> int:
-        """Return how many blocks at most work on one tile of a product."""
-        tiles, units = self.products[name]
-        workers = min(self.blocks, tiles * units)
-        return min(workers, -(-units // max(1, tiles * units // workers)) + 1)
+    @property
+    def together(self) -> int:
+        """Other blocks' tiles that are asked for at once; more would not fit in registers."""
+        return {8: 8, 16: 4, 32: 2, 64: 1}[self.rows]
 
 
 def refuse_geometry(geometry: Geometry) -> str | None:

@@ -1,8 +1,8 @@
 """Attention within the decoder stack's kernel; see :mod:`pallas_kernels.decoder_stack.mosaic_gpu`.
 
 Scores and mixed values are held transposed, 64 slots or features by the rows of one key/value head: its queries, one
-column each, beside a column for the new key that nobody reads. The new token is a tile of its own with one row that
-counts. Splits of a head are combined by the block that holds the first.
+column each, beside a column for the new key that nobody reads. The first split of a head begins with the new token and
+combines what the others find.
 """
 
 import functools
@@ -13,12 +13,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decoder_stack.exchange import put, take
 from pallas_kernels.decoder_stack.geometry import PHASES, UNIT
 from pallas_kernels.decoder_stack.tiles import DTYPE, F32, ROWS, TILE, load
 
 EMPTY = -1e30  # score of a slot that must not be read: exp2 of its distance to any score is 0
 LOG2E = math.log2(math.e)
-TOGETHER = 5  # splits whose partial results are loaded at once
 
 
 class Attention:
@@ -31,12 +31,8 @@ class Attention:
         def turn(turn, count):
             at = self.grid.item(turn, self.static.window)
             plgpu.barrier_wait(r.head_full)
-            zero = plgpu.layout_cast(jnp.zeros((64, g.head_rows), F32), TILE)
-            rows = lambda value: plgpu.layout_cast(jnp.full((g.head_rows,), value, F32), ROWS)  # noqa: E731
             slot = plgpu.broadcasted_iota(jnp.int32, (64, g.head_rows), 0, layout=TILE)
-            itself = (slot == g.group) & (at.split == 0)
-            state = (zero, zero, rows(EMPTY), rows(0.0))
-            state = self.attend([(r.new_k, r.new_v, itself)], state)
+            state = self.attend_itself((at.split == 0).astype(F32))
 
             def chunk(c, carry):
                 count, state = carry
@@ -62,7 +58,30 @@ class Attention:
             self.finish_item(entry, layer, at, state)
             return count
 
-        return lax.fori_loop(0, self.grid.num_items(), turn, counts[0]), counts[1]
+        items = self.grid.num_items()
+
+        @pl.when(items == 0)
+        def _():  # a block that leaves a phase before all have entered it would be counted for one that has not
+            self.grid.wait(PHASES * entry + 1, worker=True)
+
+        return lax.fori_loop(0, items, turn, counts[0]), counts[1]
+
+    def attend_itself(self, counts):
+        """Return the state of an online softmax over the new token alone, or over nothing if ``counts`` is 0."""
+        g, r = self.g, self.r
+        over_features = lambda vector: lax.broadcast_in_dim(vector, (64, g.head_rows), [0])  # noqa: E731
+        row = plgpu.broadcasted_iota(jnp.int32, (64, g.head_rows), 1, layout=TILE)
+        score, mixed = [], []
+        for i in (0, 1):
+            heads, values = (
+                plgpu.load(new.at[i].T, layout=TILE, optimized=False).astype(F32) for new in (r.new_k, r.new_v)
+            )
+            key, value = (jnp.sum(jnp.where(row == g.group, part, 0.0), axis=1) for part in (heads, values))
+            score.append(heads * over_features(key))
+            mixed.append(over_features(value) * counts)
+        score = jnp.sum(score[0] + score[1], axis=0) * (LOG2E / math.sqrt(g.head_dim))
+        mass = plgpu.layout_cast(jnp.full((g.head_rows,), 1.0, F32), ROWS) * counts
+        return *mixed, score * counts + EMPTY * (1 - counts), mass
 
     def clear(self, values, older):
         """Zero the values of slots that hold nothing yet: whatever they hold must not reach a product."""
@@ -83,7 +102,7 @@ class Attention:
         g, r = self.g, self.r
         low, high, top, mass = state
         over = lambda vector: lax.broadcast_in_dim(vector, (64, g.head_rows), [1])  # noqa: E731
-        queries = [r.new_k.at[i, pl.ds(0, g.head_rows)] for i in (0, 1)]
+        queries = [r.new_k.at[i] for i in (0, 1)]
 
         def score(*sums):
             for acc, (keys, _, _) in zip(sums, tiles, strict=True):
@@ -119,14 +138,13 @@ class Attention:
     def finish_item(self, entry, layer, at, state):
         """Hand a split to the first one of its head, or collect them all there."""
         g, r, grid = self.g, self.r, self.grid
+        over = lambda vector: lax.broadcast_in_dim(vector, (64, g.head_rows), [1])  # noqa: E731
+        state = *state[:2], *(over(vector) for vector in state[2:])
         if g.splits > 1:
 
-            @pl.when(at.split != 0)
+            @pl.when((at.split != 0) & (at.split < at.splits))
             def _():
-                for i in (0, 1):
-                    r.split_o[2 * at.item + i] = state[i]
-                    r.split_ml[at.item, i] = state[2 + i]
-                plgpu.semaphore_signal(grid.splits.at[at.head], 1, memory_scope="gpu")
+                put(r.split.at[at.item], state)
 
         @pl.when(at.split == 0)
         def _():
@@ -137,17 +155,13 @@ class Attention:
                 for which, cache in enumerate((r.k_cache, r.v_cache)):
                     cache[layer, at.batch, r.position[at.batch], at.kv_head] = r.heads[which, at.head, g.group]
 
+            merged = state
             if g.splits > 1:
-                target = (g.splits - 1) * (entry + 1)
-                plgpu.semaphore_wait(grid.splits.at[at.head], target, decrement=False, memory_scope="gpu")
-                turns = -(-(g.splits - 1) // TOGETHER)
-                merged = lax.fori_loop(0, turns, functools.partial(self.merge, at.item), state)
-            else:
-                merged = state
+                turns = lax.div(at.splits - 1 + g.together - 1, g.together)
+                merged = lax.fori_loop(0, turns, functools.partial(self.merge, at), state)
             low, high, _, mass = merged
-            inverse = lax.broadcast_in_dim(1 / mass, (64, g.head_rows), [1])
             for i, mixed in enumerate((low, high)):
-                r.staged_o.at[i].T[...] = (mixed * inverse).astype(DTYPE)
+                r.staged_o.at[i].T[...] = (mixed / mass).astype(DTYPE)
             plgpu.commit_smem()
             for query in range(g.group):
                 for i in (0, 1):
@@ -155,23 +169,18 @@ class Attention:
                     plgpu.copy_smem_to_gmem(r.staged_o.at[i, query], r.attended.at[at.batch, features])
             plgpu.wait_smem_to_gmem(0)
 
-    def merge(self, first, turn, state):
-        """Combine ``TOGETHER`` further splits of a head with what has been combined."""
-        g, r = self.g, self.r
+    def merge(self, at, turn, state):
+        """Combine some further splits of a head with what has been combined."""
+        g = self.g
+        others = [turn * g.together + offset for offset in range(1, g.together + 1)]
+        found = take([self.r.split.at[at.item + jnp.minimum(other, at.splits - 1)] for other in others])
         splits = [state]
-        for offset in range(1, TOGETHER + 1):
-            other = turn * TOGETHER + offset
-            real = (other < g.splits).astype(F32)
-            item = first + jnp.minimum(other, g.splits - 1)
-            halves = [load(r.split_o, (2 * item + i,)) for i in (0, 1)]
-            top, mass = (load(r.split_ml, (item, i), ROWS) for i in (0, 1))
-            splits.append((*halves, top * real + EMPTY * (1 - real), mass))
+        for other, (low, high, top, mass) in zip(others, found, strict=True):
+            real = plgpu.layout_cast(jnp.full((64, g.head_rows), (other < at.splits).astype(F32)), TILE) > 0
+            splits.append((low, high, jnp.where(real, top, EMPTY), mass))
         top = functools.reduce(jnp.maximum, [split[2] for split in splits])
         shares = [jnp.exp2(split[2] - top) for split in splits]
-        over = lambda vector: lax.broadcast_in_dim(vector, (64, g.head_rows), [1])  # noqa: E731
-        low, high = (
-            functools.reduce(jnp.add, [over(share) * split[i] for share, split in zip(shares, splits, strict=True)])
-            for i in (0, 1)
+        add = lambda i: functools.reduce(  # noqa: E731
+            jnp.add, [share * split[i] for share, split in zip(shares, splits, strict=True)]
         )
-        mass = functools.reduce(jnp.add, [share * split[3] for share, split in zip(shares, splits, strict=True)])
-        return low, high, top, mass
+        return add(0), add(1), top, add(3)

@@ -34,8 +34,7 @@ OUTPUTS = (
     "hidden",
     "fill_input",
     "partial",
-    "split_o",
-    "split_ml",
+    "split",
     "sums",
     "ended",
 )
@@ -154,17 +153,16 @@ def build(g: Geometry, *, eps: float, rule: bool, fill: bool, window: int | None
         "attended": shape((g.rows, queries), dtype),
         "hidden": shape((g.rows, g.d_ff), dtype),
         "fill_input": shape((g.layers if fill else 1, g.rows, g.d_model), dtype),
-        "partial": shape((2 * g.blocks, 64, g.rows), f32),
-        "split_o": shape((2 * g.items, 64, g.head_rows), f32),
-        "split_ml": shape((g.items, 2, g.head_rows), f32),
+        "partial": shape((g.blocks, 2, 64, g.rows), f32),
+        "split": shape((g.items, 4, 64, g.head_rows), f32),
         "sums": shape((4, g.padded_tiles, g.rows), f32),
         "ended": shape((g.rows,), jnp.int32),
     }
     scratch = {
         "ring": plgpu.SMEM((g.stages, 2, UNIT, 64), dtype, transforms=tiled),
         "feed": plgpu.SMEM((g.feeds, g.rows, UNIT), dtype, transforms=tiled),
-        "new_k": plgpu.SMEM((2, 64, 64), dtype, transforms=tiled),
-        "new_v": plgpu.SMEM((2, 64, 64), dtype, transforms=tiled),
+        "new_k": plgpu.SMEM((2, g.head_rows, 64), dtype, transforms=tiled),
+        "new_v": plgpu.SMEM((2, g.head_rows, 64), dtype, transforms=tiled),
         "probs": plgpu.SMEM((UNIT // 64, g.head_rows, 64), dtype, transforms=tiled),
         "staged": plgpu.SMEM((2, g.rows, 64), dtype),
         "staged_o": plgpu.SMEM((2, g.head_rows, 64), dtype),
@@ -238,10 +236,6 @@ class _Grid:
         self.g, self.r, self.block = g, r, block
         if g.blocks > 1:
             self.arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
-            self.splits = _semaphores(g.batch * g.kv_heads)
-            self.tiles = {name: _semaphores(tiles) for name, (tiles, _) in g.products.items()}
-            if static.fill:
-                self.tiles["fill"] = _semaphores(g.layers * 2 * g.kv_heads)
 
     def wait(self, phase, *, worker=False):
         """Wait until every block has finished ``phase`` phases."""
@@ -285,10 +279,11 @@ class _Grid:
         older = self.r.position[batch]
         first = 0 if window is None else lax.div(jnp.maximum(older - window + 1, 0), UNIT)
         chunks = lax.div(older + UNIT - 1, UNIT) - first
-        start = first + lax.div(split * chunks, g.splits)
+        splits = jnp.clip(chunks, 1, g.splits)  # those with anything to read
+        bound = lambda split: first + lax.div(jnp.minimum(split, splits) * chunks, splits)  # noqa: E731
         return SimpleNamespace(
-            item=item, head=head, batch=batch, kv_head=kv_head, split=split, older=older,
-            start=start, stop=first + lax.div((split + 1) * chunks, g.splits),
+            item=item, head=head, batch=batch, kv_head=kv_head, split=split, splits=splits, older=older,
+            start=bound(split), stop=bound(split + 1),
         )  # fmt: skip
 
 
@@ -299,6 +294,12 @@ def _stream(g, r, static, grid, block):
     def put(count, halves):
         slot = lax.rem(count, g.stages)
         plgpu.barrier_wait(r.ring_free.at[slot])
+        if g.in_flight < g.stages:
+
+            @pl.when(count >= g.in_flight)
+            def _():
+                plgpu.barrier_wait(r.ring_full.at[lax.rem(count - g.in_flight, g.stages)])
+
         for i, half in enumerate(halves):
             plgpu.copy_gmem_to_smem(half, r.ring.at[slot, i], r.ring_full.at[slot])
         return count + 1
@@ -311,25 +312,32 @@ def _stream(g, r, static, grid, block):
         weights = {"qkv": r.wqkv, "out": r.wo, "down": r.w_down}[name]
         return [weights.at[layer, rows, pl.ds(tile * 128 + i * 64, 64)] for i in (0, 1)]
 
-    def units(name, entry, first, stop, count):
+    def prefetch(name, entry, unit):
+        """Ask for a unit of a product, or of the one after it."""
         after = FOLLOWING[name]
         after_first, after_stop, _ = grid.product(after)
         after_entry = jnp.minimum(entry + (name == "down"), r.count[0] - 1)
+        _, end, _ = grid.product(name)
+
+        @pl.when(unit < end)
+        def _():
+            for half in source(name, r.order[entry], unit):
+                plgpu.async_prefetch(half)
+
+        @pl.when((unit >= end) & (after_first + unit - end < after_stop))
+        def _():
+            for half in source(after, r.order[after_entry], after_first + unit - end):
+                plgpu.async_prefetch(half)
+
+    def units(name, entry, first, stop, count):
+        # The ring fills while all blocks meet; what comes next then waits in the L2 cache. Before the output product
+        # the keys and values of one chunk are in the ring, too.
+        full = grid.product(name)[0] + g.stages - (2 if name == "out" else 0)
 
         def unit(u, count):
-            if g.ahead:
-                later = u + g.ahead
-                _, end, _ = grid.product(name)
-
-                @pl.when(later < end)
-                def _():
-                    for half in source(name, r.order[entry], later):
-                        plgpu.async_prefetch(half)
-
-                @pl.when((later >= end) & (after_first + later - end < after_stop))
-                def _():
-                    for half in source(after, r.order[after_entry], after_first + later - end):
-                        plgpu.async_prefetch(half)
+            @pl.when(u == full)
+            def _():
+                lax.fori_loop(0, g.ahead, lambda i, _: prefetch(name, entry, u + i), None)
 
             return put(count, source(name, r.order[entry], u))
 
@@ -376,6 +384,12 @@ def _stream(g, r, static, grid, block):
         count = lax.fori_loop(first, stop, unit, count)
     for i in range(g.stages):
         plgpu.barrier_wait(r.ring_free.at[lax.rem(count + i, g.stages)])
+    for i in range(g.in_flight if g.in_flight < g.stages else 0):
+        number = count - g.in_flight + i
+
+        @pl.when(number >= 0)
+        def _(number=number):
+            plgpu.barrier_wait(r.ring_full.at[lax.rem(number, g.stages)])
 
 
 def _feed(g, r, static, grid, block):
@@ -407,7 +421,7 @@ def _feed(g, r, static, grid, block):
             for which, new in enumerate((r.new_k, r.new_v)):
                 for i in (0, 1):
                     source = r.heads.at[which, at.head, :, pl.ds(i * 64, 64)]
-                    plgpu.copy_gmem_to_smem(source, new.at[i, pl.ds(0, g.head_rows)], r.head_full)
+                    plgpu.copy_gmem_to_smem(source, new.at[i], r.head_full)
             return 0
 
         lax.fori_loop(0, grid.num_items(), turn, 0)
@@ -451,7 +465,3 @@ def _layers(r, static, count, layer, before_decision=None, first=None):
     going = lambda state: (state[0] < total) & (state[2] > 0)  # noqa: E731
     entry, count, _ = lax.while_loop(going, body, (jnp.int32(0), count, jnp.int32(1)))
     return count, entry
-
-
-def _semaphores(count):
-    return pl.get_global(plgpu.SemaphoreType.REGULAR((count,)))

@@ -7,6 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decoder_stack.exchange import empty, put, take
 from pallas_kernels.decoder_stack.geometry import PHASES, UNIT
 from pallas_kernels.decoder_stack.heads import Attention
 from pallas_kernels.decoder_stack.tiles import (
@@ -60,14 +61,17 @@ class Worker(Attention):
 
     def begin(self):
         g, r = self.g, self.r
-        for new in (r.new_k, r.new_v):  # rows that no head fills stay zero
-            for i in (0, 1):
-                new[i] = plgpu.layout_cast(jnp.zeros((64, 64), DTYPE), TILE)
-        plgpu.commit_smem()
         for free in (r.ring_free, r.feed_free):
             for slot in range(free.shape[0]):
                 plgpu.barrier_arrive(free.at[slot])
         plgpu.barrier_arrive(r.head_free)
+        if g.blocks > 1:
+            empty(r.partial.at[self.block])
+            for turn in range(-(-g.items // g.blocks) if g.splits > 1 else 0):
+
+                @pl.when(self.block + turn * g.blocks < g.items)
+                def _(turn=turn):
+                    empty(r.split.at[self.block + turn * g.blocks])
 
         def copy(turn, _):
             at = pl.ds((self.block + turn * g.blocks) * 64, 64)
@@ -140,15 +144,15 @@ class Worker(Attention):
     def product(self, name, entry, counts, exited, begin, finish, fill_from=None):
         """Multiply this block's units, and finish the tiles that it begins.
 
-        ``begin`` loads what ``finish`` needs before the other blocks' sums are waited for.
+        ``begin`` loads what ``finish`` needs before the other blocks' sums are asked for.
         """
         g, r, grid = self.g, self.r, self.grid
         if fill_from is None:
             tiles, contraction = g.products[name]
-            units, sharers, turn = jnp.int32(tiles * contraction), g.sharers(name), entry
+            units = jnp.int32(tiles * contraction)
         else:
             contraction = g.d_model // UNIT
-            units, sharers, turn = fill_units(g, r, fill_from), None, jnp.int32(0)
+            units = fill_units(g, r, fill_from)
         first, stop = grid.share(units)
 
         def tile_loop(tile, counts):
@@ -163,35 +167,30 @@ class Worker(Attention):
 
             @pl.when(owner != self.block)
             def _():
-                r.partial[2 * self.block], r.partial[2 * self.block + 1] = low, high
-                plgpu.semaphore_signal(grid.tiles[name].at[tile], 1, memory_scope="gpu")
+                put(r.partial.at[self.block], (low, high))
 
             @pl.when(owner == self.block)
             def _():
-                begun = begin(at, name)
-                target = (last - owner) * (turn + 1)
-                plgpu.semaphore_wait(grid.tiles[name].at[tile], target, decrement=False, memory_scope="gpu")
-                finish(at, begun, *self.collect(low, high, owner, last, sharers))
+                finish(at, begin(at, name), *self.collect(low, high, owner, last))
 
             return counts
 
         tiles_end = jnp.where(stop > first, lax.div(stop + contraction - 1, contraction), lax.div(first, contraction))
         return lax.fori_loop(lax.div(first, contraction), tiles_end, tile_loop, counts)
 
-    def collect(self, low, high, owner, last, sharers):
+    def collect(self, low, high, owner, last):
         """Add the other blocks' sums of a tile, in the order of the blocks."""
+        g = self.g
 
-        def add(block, sums, weight=None):
-            parts = [load(self.r.partial, (2 * block + i,)) for i in (0, 1)]
-            return tuple(s + (p if weight is None else p * weight) for s, p in zip(sums, parts, strict=True))
+        def add(turn, sums):
+            others = [owner + 1 + turn * g.together + offset for offset in range(g.together)]
+            parts = take([self.r.partial.at[jnp.minimum(other, last)] for other in others])
+            for other, part in zip(others, parts, strict=True):
+                counts = plgpu.layout_cast(jnp.full((64, g.rows), (other <= last).astype(F32)), TILE) > 0
+                sums = tuple(s + jnp.where(counts, p, 0.0) for s, p in zip(sums, part, strict=True))
+            return sums
 
-        if sharers is None or sharers > 8:
-            return lax.fori_loop(owner + 1, last + 1, add, (low, high))
-        sums = (low, high)
-        for offset in range(1, sharers):  # all loads at once
-            block = jnp.minimum(owner + offset, last)
-            sums = add(block, sums, (owner + offset <= last).astype(F32))
-        return sums
+        return lax.fori_loop(0, lax.div(last - owner + g.together - 1, g.together), add, (low, high))
 
     def multiply(self, start, end, counts):
         """Return a tile's two halves [64, rows], summed over the units from ``start`` to ``end``."""

@@ -1,11 +1,11 @@
 """The readout as one persistent Mosaic GPU kernel for Hopper that reads the vocabulary matrix once.
 
 Every multiprocessor holds one block that takes whole tiles of tokens in turn. A *loader* warpgroup streams the tile's
-weights, and the states that they meet, by TMA into a ring of buffers. *Reader* warpgroups multiply, with 64 tokens as
+weights, and the states that they meet, by TMA into a ring of buffers. A *reader* warpgroup multiplies, with 64 tokens as
 the left side of the tensor cores' product and the few states as its right side, so that one state costs what eight
 cost. Logits exist only as the accumulators of a tile: each tile is folded into the largest, the second, the token, the
 sum of exponentials and their moment of every state, which stay in registers until the last tile. What the readers found
-is merged in plain JAX.
+is merged in plain JAX. There is one reader only: reductions of several warpgroups would share one scratch memory.
 """
 
 import math
@@ -23,7 +23,7 @@ from pallas_kernels.readout.reference import Readout, merge
 NEEDED_JAX = (0, 11, 2)
 SHARED_BYTES = 216 * 1024  # of the 227 KiB that a block can have, less barriers and the scratch of reductions
 REDUCTION_BYTES = 4096
-READER_TOKENS = 128  # tokens of a tile that one reader takes, in two accumulators of 64
+TILE_TOKENS = 128  # in two accumulators of 64
 LOG2E = math.log2(math.e)
 NO_TOKEN = 2**31 - 1
 TILE = plgpu.Layout.WGMMA  # [64 tokens, rows]
@@ -47,29 +47,19 @@ class Geometry:
     transposed: bool
 
     @property
-    def readers(self) -> int:
-        """Reader warpgroups: two share what they read of many states, one is enough for few."""
-        return 2 if self.rows > 32 else 1
-
-    @property
-    def tile(self) -> int:
-        """Tokens of a tile."""
-        return self.readers * READER_TOKENS
-
-    @property
     def num_tiles(self) -> int:
         """Tiles of the vocabulary; what the last one has beyond its end is read as zeros and left out."""
-        return -(-self.num_tokens // self.tile)
+        return -(-self.num_tokens // TILE_TOKENS)
 
     @property
     def step(self) -> int:
         """Entries of D that one stage of the ring holds."""
-        return 64 if self.readers == 2 or self.d_model % 128 else 128
+        return 64 if self.d_model % 128 else 128
 
     @property
     def stages(self) -> int:
         """Stages of the ring."""
-        return SHARED_BYTES // ((self.tile + self.rows) * self.step * 2)
+        return SHARED_BYTES // ((TILE_TOKENS + self.rows) * self.step * 2)
 
 
 def refuse(
@@ -121,23 +111,21 @@ def exit_readout(h_BD: jax.Array, weights: jax.Array, *, transposed: bool, block
 def _kernel(g: Geometry):
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     piece = (g.step, 64) if g.transposed else (64, g.step)
-    pieces = 2 * g.readers
-    parts = g.blocks * g.readers
     return plgpu.kernel(
         lambda *refs, **scratch: _body(g, *refs, **scratch),
         out_type=[
-            jax.ShapeDtypeStruct((parts, 4, g.rows), jnp.float32),
-            jax.ShapeDtypeStruct((parts, g.rows), jnp.int32),
+            jax.ShapeDtypeStruct((g.blocks, 4, g.rows), jnp.float32),
+            jax.ShapeDtypeStruct((g.blocks, g.rows), jnp.int32),
         ],
         grid=(g.blocks,),
         grid_names=("block",),
-        num_threads=g.readers + 1,
+        num_threads=2,
         thread_name="group",
         scratch_types={
-            "ring": plgpu.SMEM((g.stages, pieces, *piece), g.dtype, transforms=tiled),
+            "ring": plgpu.SMEM((g.stages, 2, *piece), g.dtype, transforms=tiled),
             "states": plgpu.SMEM((g.stages, g.rows, g.step), g.dtype, transforms=tiled),
-            "full": plgpu.Barrier(num_arrivals=pieces + 1, num_barriers=g.stages),
-            "free": plgpu.Barrier(num_arrivals=g.readers, num_barriers=g.stages),
+            "full": plgpu.Barrier(num_arrivals=3, num_barriers=g.stages),
+            "free": plgpu.Barrier(num_barriers=g.stages),
         },
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION_BYTES),
     )
@@ -149,19 +137,17 @@ def _body(g, h_ref, weights_ref, numbers_ref, token_ref, *, ring, states, full, 
     steps = g.d_model // g.step
 
     def begin(number):
-        return (block + number * g.blocks) * g.tile
+        return (block + number * g.blocks) * TILE_TOKENS
 
-    @pl.when(group == g.readers)
+    @pl.when(group == 1)
     def _load():
-        if g.readers > 1:
-            plgpu.set_max_registers(40, action="decrease")
 
         def load_tile(number, count):
             def load_step(step, count):
                 slot, entries = lax.rem(count, jnp.int32(g.stages)), pl.ds(step * g.step, g.step)
                 plgpu.barrier_wait(free.at[slot])
                 plgpu.copy_gmem_to_smem(h_ref.at[:, entries], states.at[slot], full.at[slot])
-                for i in range(2 * g.readers):
+                for i in range(2):
                     tokens = pl.ds(begin(number) + 64 * i, 64)
                     source = weights_ref.at[entries, tokens] if g.transposed else weights_ref.at[tokens, entries]
                     plgpu.copy_gmem_to_smem(source, ring.at[slot, i], full.at[slot])
@@ -173,10 +159,8 @@ def _body(g, h_ref, weights_ref, numbers_ref, token_ref, *, ring, states, full, 
         for i in range(g.stages):  # a block may not end before its readers are done with the ring
             plgpu.barrier_wait(free.at[lax.rem(count + i, jnp.int32(g.stages))])
 
-    @pl.when(group < g.readers)
+    @pl.when(group == 0)
     def _read():
-        if g.readers > 1:
-            plgpu.set_max_registers(232, action="increase")
         for i in range(g.stages):
             plgpu.barrier_arrive(free.at[i])
 
@@ -188,7 +172,7 @@ def _body(g, h_ref, weights_ref, numbers_ref, token_ref, *, ring, states, full, 
                     slot = lax.rem(count, jnp.int32(g.stages))
                     plgpu.barrier_wait(full.at[slot])
                     for i, accumulator in enumerate((low, high)):
-                        piece = ring.at[slot, 2 * group + i]
+                        piece = ring.at[slot, i]
                         plgpu.wgmma(accumulator, piece.T if g.transposed else piece, states.at[slot].T)
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(free.at[slot])
@@ -199,44 +183,41 @@ def _body(g, h_ref, weights_ref, numbers_ref, token_ref, *, ring, states, full, 
 
             accumulator = plgpu.ACC((64, g.rows), jnp.float32)
             *logits, count = pl.run_scoped(multiply, accumulator, accumulator)
-            return count, _fold(g, found, logits, begin(number) + group * READER_TOKENS)
+            for i, part in enumerate(logits):
+                found = _fold(g, found, part, begin(number) + 64 * i)
+            return count, found
 
         rows = lambda value, dtype: plgpu.layout_cast(jnp.full((g.rows,), value, dtype), ROWS)  # noqa: E731
         nothing = tuple(rows(value, jnp.float32) for value in (-math.inf, -math.inf, 0.0, 0.0))
         _, found = lax.fori_loop(0, mine, read_tile, (jnp.int32(0), (*nothing, rows(0, jnp.int32))))
-        part = block * g.readers + group
         for i, numbers in enumerate(found[:4]):
-            numbers_ref[part, i] = numbers
-        token_ref[part] = found[4]
+            numbers_ref[block, i] = numbers
+        token_ref[block] = found[4]
 
 
 def _fold(g, found, logits, first):
-    """Return what was found so far, with the logits of the tokens from ``first`` on, twice ``[64, rows]``."""
+    """Return what was found so far, with the logits of the tokens from ``first`` on, ``[64, rows]``."""
     top, second, total, moment, token = found
     spread = lambda vector: lax.broadcast_in_dim(vector, (64, g.rows), [1])  # noqa: E731
-    both = lambda combine, values: combine(*values)  # noqa: E731
-    numbers = plgpu.broadcasted_iota(jnp.int32, (64, g.rows), 0, layout=TILE)
-    numbers = [numbers + (first + 64 * i) for i in range(2)]
-    logits = [jnp.where(n < g.num_tokens, z, -math.inf) for z, n in zip(logits, numbers, strict=True)]
-    tile_top = jnp.max(both(jnp.maximum, logits), axis=0)
-    hits = [jnp.where(z == spread(tile_top), n, NO_TOKEN) for z, n in zip(logits, numbers, strict=True)]
-    tile_token = jnp.min(both(jnp.minimum, hits), axis=0)
-    others = [jnp.where(n == spread(tile_token), -math.inf, z) for z, n in zip(logits, numbers, strict=True)]
-    tile_second = jnp.max(both(jnp.maximum, others), axis=0)
+    numbers = plgpu.broadcasted_iota(jnp.int32, (64, g.rows), 0, layout=TILE) + first
+    logits = jnp.where(numbers < g.num_tokens, logits, -math.inf)
+    tile_top = jnp.max(logits, axis=0)
+    tile_token = jnp.min(jnp.where(logits == spread(tile_top), numbers, NO_TOKEN), axis=0)
+    tile_second = jnp.max(jnp.where(numbers == spread(tile_token), -math.inf, logits), axis=0)
 
     new_top = jnp.maximum(top, tile_top)
     peak = jnp.where(new_top == -math.inf, 0.0, new_top)
-    below = [z - spread(peak) for z in logits]
-    weight = [jnp.exp2(distance * LOG2E) for distance in below]
+    below = logits - spread(peak)
+    weight = jnp.exp2(below * LOG2E)
     # An impossible token has weight 0 and distance -inf, whose product would be NaN.
-    moments = [jnp.where(z == -math.inf, 0.0, w * d) for z, w, d in zip(logits, weight, below, strict=True)]
+    moments = jnp.where(logits == -math.inf, 0.0, weight * below)
     sunk = jnp.where(top == -math.inf, 0.0, top - peak)
     scale = jnp.exp2(sunk * LOG2E)
     higher = tile_top > top
     return (
         new_top,
         jnp.where(higher, jnp.maximum(top, tile_second), jnp.maximum(second, tile_top)),
-        scale * total + jnp.sum(both(jnp.add, weight), axis=0),
-        scale * (moment + total * sunk) + jnp.sum(both(jnp.add, moments), axis=0),
+        scale * total + jnp.sum(weight, axis=0),
+        scale * (moment + total * sunk) + jnp.sum(moments, axis=0),
         jnp.where(higher, tile_token, token),
     )

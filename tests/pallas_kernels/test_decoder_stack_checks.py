@@ -106,11 +106,8 @@ def llama_8b(batch, **changes):
 
 
 def test_units_are_dealt_to_blocks_without_gaps():
-    # Llama-3-8B on 132 blocks: 48 * 32 = 1536 units of qkv are 11.6 a block, so a tile of 32 units has at most
-    # ceil(32 / 11) + 1 = 4 blocks; 224 * 32 of gate and up are 54.3 a block: 2 blocks.
     geometry = llama_8b(1)
     assert geometry.products == {"qkv": (48, 32), "out": (32, 32), "gate_up": (224, 32), "down": (32, 112)}
-    assert [geometry.sharers(name) for name in geometry.products] == [4, 6, 2, 6]
     assert (geometry.rows, geometry.head_rows, geometry.splits, llama_8b(9).rows) == (8, 8, 16, 16)
 
 

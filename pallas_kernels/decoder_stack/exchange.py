@@ -1,0 +1,108 @@
+"""Tiles of numbers handed from block to block through global memory, each number its own flag.
+
+A fence and a semaphore would cost several trips through a memory system that is busy with weights, microseconds each.
+Here a slot holds ``EMPTY_BITS`` until it is written, a NaN that no arithmetic gives, and the reader asks until nothing
+of that is left; it then empties the slot for the next writer, which a barrier over all blocks must separate from it.
+Every number is written, asked for and emptied by one thread each, so none can be torn or missed.
+"""
+
+import math
+
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
+
+from pallas_kernels.decoder_stack.tiles import F32, TILE
+
+EMPTY_BITS = 0xFFFF0BAD  # a NaN; arithmetic on a GPU gives 0x7FFFFFFF
+
+
+def empty(ref):
+    """Mark the tiles of a slot ``[..., 64, rows]`` of global memory as not written."""
+    _each(ref.shape, lambda at: plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(_empty)(ref.at[at]))
+
+
+def put(ref, tiles):
+    """Write one tile ``[64, rows]`` to each tile of a slot ``[tiles, 64, rows]``."""
+    for i, tile in enumerate(tiles):
+        ref[i] = tile
+
+
+def take(refs):
+    """Return the tiles of slots ``[tiles, 64, rows]``, a list for each slot, once all are written, and empty the slots.
+
+    A slot may be given several times.
+    """
+    count, _, rows = refs[0].shape
+    tiles = [ref.at[i] for ref in refs for i in range(count)]
+    returned = [plgpu.ShapeDtypeStruct((64, rows), F32, layout=TILE)] * len(tiles)
+    found = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(tiles), return_type=returned)(_take)(*tiles)
+    return [found[i : i + count] for i in range(0, len(found), count)]
+
+
+def _each(shape, visit):
+    for number in range(math.prod(shape[:-2])):
+        index, rest = [], number
+        for size in reversed(shape[:-2]):
+            index.append(rest % size)
+            rest //= size
+        visit(tuple(reversed(index)))
+
+
+def _addresses(ref):
+    """Return the shape of this thread's registers of a tile, and the address of each pair of numbers."""
+    layout, shape = TILE.to_mgpu(), tuple(ir.MemRefType(ref.type).shape)
+    base, i32 = mgpu.utils.memref_ptr(ref), ir.IntegerType.get_signless(32)
+    addresses = []
+    for row, column in layout.thread_idxs(shape):
+        linear = arith.addi(arith.muli(row, mgpu.c(shape[1], row.type)), column)
+        addresses.append(mgpu.utils.getelementptr(base, [arith.index_cast(i32, linear)], ir.F32Type.get()))
+    return layout.registers_shape(shape), addresses
+
+
+def _empty(ctx, ref):
+    bits = mgpu.c(EMPTY_BITS - 2**32, ir.IntegerType.get_signless(32))
+    for address in _addresses(ref)[1]:
+        mgpu.utils.inline_ptx("st.relaxed.gpu.global.v2.b32 [$0], {$1, $1};", address, bits, has_side_effects=True)
+
+
+def _take(ctx, *refs):
+    i32, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.F32Type.get())
+    unwritten = mgpu.c(EMPTY_BITS - 2**32, i32)
+    places = [_addresses(ref) for ref in refs]
+    addresses = [address for _, found in places for address in found]
+    loop = scf.WhileOp([i32] * (2 * len(addresses)), [mgpu.c(0, i32)] * (2 * len(addresses)))
+    before = loop.before.blocks.append(*[i32] * (2 * len(addresses)))
+    with ir.InsertionPoint.at_block_begin(before):
+        loaded, missing = [], mgpu.c(0, ir.IntegerType.get_signless(1))
+        for address in addresses:
+            loaded += mgpu.utils.inline_ptx(
+                "ld.relaxed.gpu.global.v2.b32 {$0, $1}, [$2];", address, result_types=[i32, i32], has_side_effects=True
+            )
+        for bits in loaded:
+            missing = arith.ori(missing, arith.cmpi(arith.CmpIPredicate.eq, bits, unwritten))
+        scf.condition(missing, loaded)
+    after = loop.after.blocks.append(*[i32] * (2 * len(addresses)))
+    with ir.InsertionPoint.at_block_begin(after):
+        scf.yield_(list(after.arguments))
+    for ref in refs:
+        _empty(ctx, ref)
+    halves = [arith.bitcast(ir.F32Type.get(), bits) for bits in loop.results]
+    arrays, start = [], 0
+    for shape, found in places:
+        registers = _registers(shape, halves[start : start + 2 * len(found)], pair)
+        start += 2 * len(found)
+        arrays.append(mgpu.FragmentedArray(_registers=registers, _layout=TILE.to_mgpu(), _is_signed=None))
+    return arrays
+
+
+def _registers(shape, numbers, pair):
+    registers = np.empty(shape, dtype=object)
+    for i, index in enumerate(np.ndindex(*shape)):
+        vector = llvm.mlir_undef(pair)
+        for j in (0, 1):
+            vector = llvm.insertelement(vector, numbers[2 * i + j], mgpu.c(j, ir.IntegerType.get_signless(32)))
+        registers[index] = vector
+    return registers
