@@ -6,8 +6,6 @@ of that is left; it then empties the slot for the next writer, which a barrier o
 Every number is written, asked for and emptied by one thread each, so none can be torn or missed.
 """
 
-import math
-
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -21,7 +19,8 @@ EMPTY_BITS = 0xFFFF0BAD  # a NaN; arithmetic on a GPU gives 0x7FFFFFFF
 
 def empty(ref):
     """Mark the tiles of a slot ``[..., 64, rows]`` of global memory as not written."""
-    _each(ref.shape, lambda at: plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(_empty)(ref.at[at]))
+    for at in np.ndindex(*ref.shape[:-2]):
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(_empty)(ref.at[at])
 
 
 def put(ref, tiles):
@@ -42,13 +41,13 @@ def take(refs):
     return [found[i : i + count] for i in range(0, len(found), count)]
 
 
-def _each(shape, visit):
-    for number in range(math.prod(shape[:-2])):
-        index, rest = [], number
-        for size in reversed(shape[:-2]):
-            index.append(rest % size)
-            rest //= size
-        visit(tuple(reversed(index)))
+def warm(refs):
+    """Ask tiles ``[64, rows]`` into the L2 cache, from which streaming weights have driven them.
+
+    A store to a line that is not there takes as long as a load of it.
+    """
+    for ref in refs:
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(_warm)(ref)
 
 
 def _addresses(ref):
@@ -66,6 +65,11 @@ def _empty(ctx, ref):
     bits = mgpu.c(EMPTY_BITS - 2**32, ir.IntegerType.get_signless(32))
     for address in _addresses(ref)[1]:
         mgpu.utils.inline_ptx("st.relaxed.gpu.global.v2.b32 [$0], {$1, $1};", address, bits, has_side_effects=True)
+
+
+def _warm(ctx, ref):
+    for address in _addresses(ref)[1]:
+        mgpu.utils.inline_ptx("prefetch.global.L2 [$0];", address, has_side_effects=True)
 
 
 def _take(ctx, *refs):

@@ -13,9 +13,6 @@ MAX_ROWS = 64
 MAX_SPLITS = 16
 SHARED_BYTES = 220 * 1024  # of the 227 KiB that a block can have, less barriers and reduction scratch
 
-# What the next product of a layer is, for bringing its first weights into the L2 cache ahead of time.
-FOLLOWING = {"qkv": "out", "out": "gate_up", "gate_up": "down", "down": "qkv"}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
@@ -26,7 +23,8 @@ class Geometry:
         d_model, d_ff, kv_heads, group, head_dim: sizes of a layer; ``group`` query heads share a key/value head.
         batch: sequences; ``capacity`` cache slots of each.
         blocks: thread blocks that run at once, one a multiprocessor.
-        ahead: units that are asked into the L2 cache when the ring is full and its first unit waits for a barrier.
+        ahead: units of the output product that are asked into the L2 cache while attention runs.
+        in_flight: units that are being read at once; more would only lengthen every other trip through memory.
     """
 
     layers: int
@@ -38,7 +36,7 @@ class Geometry:
     batch: int
     capacity: int
     blocks: int
-    ahead: int = 0
+    ahead: int = 4
     in_flight: int = 2
 
     @property
@@ -99,8 +97,13 @@ class Geometry:
 
     @property
     def together(self) -> int:
-        """Other blocks' tiles that are asked for at once; more would not fit in registers."""
-        return {8: 8, 16: 4, 32: 2, 64: 1}[self.rows]
+        """Other blocks' parts of a tile that are asked for at once; more would not fit in registers."""
+        return {8: 6, 16: 3, 32: 2, 64: 1}[self.rows]
+
+    @property
+    def splits_together(self) -> int:
+        """Splits that are asked for at once."""
+        return {8: 4, 16: 2}[self.head_rows]
 
 
 def refuse_geometry(geometry: Geometry) -> str | None:

@@ -13,9 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decoder_stack.exchange import put, take
+from pallas_kernels.decoder_stack.exchange import put, take, warm
 from pallas_kernels.decoder_stack.geometry import PHASES, UNIT
-from pallas_kernels.decoder_stack.tiles import DTYPE, F32, ROWS, TILE, load
+from pallas_kernels.decoder_stack.tiles import DTYPE, F32, ROWS, TILE
 
 EMPTY = -1e30  # score of a slot that must not be read: exp2 of its distance to any score is 0
 LOG2E = math.log2(math.e)
@@ -30,6 +30,8 @@ class Attention:
 
         def turn(turn, count):
             at = self.grid.item(turn, self.static.window)
+            if g.splits > 1:
+                pl.when(at.split != 0)(lambda: warm([r.split.at[at.item, i] for i in range(4)]))
             plgpu.barrier_wait(r.head_full)
             slot = plgpu.broadcasted_iota(jnp.int32, (64, g.head_rows), 0, layout=TILE)
             state = self.attend_itself((at.split == 0).astype(F32))
@@ -157,7 +159,7 @@ class Attention:
 
             merged = state
             if g.splits > 1:
-                turns = lax.div(at.splits - 1 + g.together - 1, g.together)
+                turns = lax.div(at.splits - 1 + g.splits_together - 1, g.splits_together)
                 merged = lax.fori_loop(0, turns, functools.partial(self.merge, at), state)
             low, high, _, mass = merged
             for i, mixed in enumerate((low, high)):
@@ -172,7 +174,7 @@ class Attention:
     def merge(self, at, turn, state):
         """Combine some further splits of a head with what has been combined."""
         g = self.g
-        others = [turn * g.together + offset for offset in range(1, g.together + 1)]
+        others = [turn * g.splits_together + offset for offset in range(1, g.splits_together + 1)]
         found = take([self.r.split.at[at.item + jnp.minimum(other, at.splits - 1)] for other in others])
         splits = [state]
         for other, (low, high, top, mass) in zip(others, found, strict=True):

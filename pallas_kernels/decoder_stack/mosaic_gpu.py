@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decoder_stack.geometry import FOLLOWING, PHASES, UNIT, Geometry, refuse_geometry
+from pallas_kernels.decoder_stack.geometry import PHASES, UNIT, Geometry, refuse_geometry
 from pallas_kernels.decoder_stack.tiles import divide, fill_tile, fill_units
 from pallas_kernels.decoder_stack.worker import Worker
 
@@ -312,32 +312,20 @@ def _stream(g, r, static, grid, block):
         weights = {"qkv": r.wqkv, "out": r.wo, "down": r.w_down}[name]
         return [weights.at[layer, rows, pl.ds(tile * 128 + i * 64, 64)] for i in (0, 1)]
 
-    def prefetch(name, entry, unit):
-        """Ask for a unit of a product, or of the one after it."""
-        after = FOLLOWING[name]
-        after_first, after_stop, _ = grid.product(after)
-        after_entry = jnp.minimum(entry + (name == "down"), r.count[0] - 1)
-        _, end, _ = grid.product(name)
-
-        @pl.when(unit < end)
-        def _():
-            for half in source(name, r.order[entry], unit):
-                plgpu.async_prefetch(half)
-
-        @pl.when((unit >= end) & (after_first + unit - end < after_stop))
-        def _():
-            for half in source(after, r.order[after_entry], after_first + unit - end):
-                plgpu.async_prefetch(half)
-
     def units(name, entry, first, stop, count):
-        # The ring fills while all blocks meet; what comes next then waits in the L2 cache. Before the output product
-        # the keys and values of one chunk are in the ring, too.
-        full = grid.product(name)[0] + g.stages - (2 if name == "out" else 0)
+        # The ring is full of keys, values and weights long before attention is done: ask for what comes next.
+        full = grid.product(name)[0] + g.stages - 2 if name == "out" and g.ahead else None
 
         def unit(u, count):
-            @pl.when(u == full)
-            def _():
-                lax.fori_loop(0, g.ahead, lambda i, _: prefetch(name, entry, u + i), None)
+            if full is not None:
+
+                @pl.when(u == full)
+                def _():
+                    def ask(later, _):
+                        for half in source(name, r.order[entry], later):
+                            plgpu.async_prefetch(half)
+
+                    lax.fori_loop(u, jnp.minimum(u + g.ahead, stop), ask, None)
 
             return put(count, source(name, r.order[entry], u))
 

@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decoder_stack.exchange import empty, put, take
+from pallas_kernels.decoder_stack.exchange import empty, put, take, warm
 from pallas_kernels.decoder_stack.geometry import PHASES, UNIT
 from pallas_kernels.decoder_stack.heads import Attention
 from pallas_kernels.decoder_stack.tiles import (
@@ -158,12 +158,15 @@ class Worker(Attention):
         def tile_loop(tile, counts):
             start = jnp.maximum(first, tile * contraction)
             end = jnp.minimum(stop, (tile + 1) * contraction)
-            low, high, counts = self.multiply(start, end, counts)
             at = (entry, tile, exited)
             if g.blocks == 1:
+                low, high, counts = self.multiply(start, end, counts)
                 finish(at, begin(at, name), low, high)
                 return counts
             owner, last = grid.owners(tile, contraction, units)
+            pl.when(owner == self.block)(lambda: warm(self.needed(at, name)))
+            pl.when(owner != self.block)(lambda: warm([r.partial.at[self.block, i] for i in (0, 1)]))
+            low, high, counts = self.multiply(start, end, counts)
 
             @pl.when(owner != self.block)
             def _():
@@ -197,19 +200,24 @@ class Worker(Attention):
         g, r = self.g, self.r
 
         def accumulate(low, high):
-            def unit(_, counts):
+            def release(ring_count, feed_count):
+                plgpu.barrier_arrive(r.ring_free.at[lax.rem(ring_count, g.stages)])
+                plgpu.barrier_arrive(r.feed_free.at[lax.rem(feed_count, g.feeds)])
+
+            def unit(u, counts):
                 ring, feed = lax.rem(counts[0], g.stages), lax.rem(counts[1], g.feeds)
                 plgpu.barrier_wait(r.ring_full.at[ring])
                 plgpu.barrier_wait(r.feed_full.at[feed])
                 plgpu.wgmma(low, r.ring.at[ring, 0].T, r.feed.at[feed].T)
                 plgpu.wgmma(high, r.ring.at[ring, 1].T, r.feed.at[feed].T)
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(r.ring_free.at[ring])
-                plgpu.barrier_arrive(r.feed_free.at[feed])
+                plgpu.wgmma_wait(2)  # the products of the unit before this one
+                pl.when(u > start)(lambda: release(counts[0] - 1, counts[1] - 1))
                 return counts[0] + 1, counts[1] + 1
 
-            counts_ = lax.fori_loop(start, end, unit, counts)
-            return low[...], high[...], counts_
+            ring_count, feed_count = lax.fori_loop(start, end, unit, counts)
+            plgpu.wgmma_wait(0)
+            release(ring_count - 1, feed_count - 1)
+            return low[...], high[...], (ring_count, feed_count)
 
         sums = plgpu.ACC((64, g.rows), F32)
         return pl.run_scoped(accumulate, sums, sums)
@@ -235,6 +243,15 @@ class Worker(Attention):
         for i, half in enumerate(halves):
             self.r.staged.at[i].T[...] = half.astype(DTYPE)
         plgpu.commit_smem()
+
+    def needed(self, at, name):
+        """Return what finishing a tile will read, tiles ``[64, rows]``."""
+        g, r = self.g, self.r
+        if name in ("out", "down"):
+            return [r.stream.at[pl.ds(at[1] * 128 + i * 64, 64)] for i in (0, 1)]
+        sums = r.sums.at[INPUT if name in ("qkv", "fill") else MIDDLE]
+        angles = [r.cos, r.sin] if name in ("qkv", "fill") else []
+        return [*angles, *(sums.at[pl.ds(part * 64, 64)] for part in range(g.padded_tiles // 64))]
 
     def begin_heads(self, at, name):
         return self.total_rms(INPUT), load(self.r.cos), load(self.r.sin)

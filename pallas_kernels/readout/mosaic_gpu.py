@@ -1,8 +1,8 @@
 """The readout as one persistent Mosaic GPU kernel for Hopper that reads the vocabulary matrix once.
 
 Every multiprocessor holds one block that takes whole tiles of tokens in turn. A *loader* warpgroup streams the tile's
-weights, and the states that they meet, by TMA into a ring of buffers. A *reader* warpgroup multiplies, with 64 tokens as
-the left side of the tensor cores' product and the few states as its right side, so that one state costs what eight
+weights, and the states that they meet, by TMA into a ring of buffers. A *reader* warpgroup multiplies, with 64 tokens
+as the left side of the tensor cores' product and the few states as its right side, so that one state costs what eight
 cost. Logits exist only as the accumulators of a tile: each tile is folded into the largest, the second, the token, the
 sum of exponentials and their moment of every state, which stay in registers until the last tile. What the readers found
 is merged in plain JAX. There is one reader only: reductions of several warpgroups would share one scratch memory.
