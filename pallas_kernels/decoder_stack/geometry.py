@@ -23,7 +23,6 @@ class Geometry:
         d_model, d_ff, kv_heads, group, head_dim: sizes of a layer; ``group`` query heads share a key/value head.
         batch: sequences; ``capacity`` cache slots of each.
         blocks: thread blocks that run at once, one a multiprocessor.
-        ahead: units of the output product that are asked into the L2 cache while attention runs.
         in_flight: units that are being read at once; more would only lengthen every other trip through memory.
     """
 
@@ -36,7 +35,6 @@ class Geometry:
     batch: int
     capacity: int
     blocks: int
-    ahead: int = 4
     in_flight: int = 2
 
     @property

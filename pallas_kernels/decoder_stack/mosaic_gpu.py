@@ -1,10 +1,11 @@
 """The decoder stack as one persistent Mosaic GPU kernel for Hopper: no launch, branch or copy between layers.
 
 Every multiprocessor holds one block of three warpgroups. The *streamer* reads weights and cached keys and values by TMA
-into a ring of buffers; nothing it reads depends on the token, so it runs ahead through the phases of a layer, and into
-the L2 cache beyond that. The *feeder* does the same with activations, phase by phase. The *worker* multiplies, with the
-weights as the 64-row left side of the tensor cores' products and the few rows of activations as the right side, so that
-one row costs what eight cost. A phase ends at a barrier over all blocks, whose wait the ring and the L2 cache hide.
+into a ring of buffers; nothing it reads depends on the token, so it runs ahead through the phases of a layer. It has no
+more in flight than keeps memory busy: every other trip through memory waits behind it. The *feeder* does the same with
+activations, phase by phase. The *worker* multiplies, with the weights as the 64-row left side of the tensor cores'
+products and the few rows of activations as the right side, so that one row costs what eight cost. A phase ends at a
+barrier over all blocks, whose wait the ring hides in part.
 
 Activations live in global memory, features along the last axis for the tensor cores and, for the residual stream, along
 the first: an accumulator holds 64 features by all rows. RMS norms are applied after the product, which commutes with
@@ -313,20 +314,7 @@ def _stream(g, r, static, grid, block):
         return [weights.at[layer, rows, pl.ds(tile * 128 + i * 64, 64)] for i in (0, 1)]
 
     def units(name, entry, first, stop, count):
-        # The ring is full of keys, values and weights long before attention is done: ask for what comes next.
-        full = grid.product(name)[0] + g.stages - 2 if name == "out" and g.ahead else None
-
         def unit(u, count):
-            if full is not None:
-
-                @pl.when(u == full)
-                def _():
-                    def ask(later, _):
-                        for half in source(name, r.order[entry], later):
-                            plgpu.async_prefetch(half)
-
-                    lax.fori_loop(u, jnp.minimum(u + g.ahead, stop), ask, None)
-
             return put(count, source(name, r.order[entry], u))
 
         return lax.fori_loop(first, stop, unit, count)
