@@ -200,24 +200,19 @@ class Worker(Attention):
         g, r = self.g, self.r
 
         def accumulate(low, high):
-            def release(ring_count, feed_count):
-                plgpu.barrier_arrive(r.ring_free.at[lax.rem(ring_count, g.stages)])
-                plgpu.barrier_arrive(r.feed_free.at[lax.rem(feed_count, g.feeds)])
-
-            def unit(u, counts):
+            def unit(_, counts):
                 ring, feed = lax.rem(counts[0], g.stages), lax.rem(counts[1], g.feeds)
                 plgpu.barrier_wait(r.ring_full.at[ring])
                 plgpu.barrier_wait(r.feed_full.at[feed])
                 plgpu.wgmma(low, r.ring.at[ring, 0].T, r.feed.at[feed].T)
                 plgpu.wgmma(high, r.ring.at[ring, 1].T, r.feed.at[feed].T)
-                plgpu.wgmma_wait(2)  # the products of the unit before this one
-                pl.when(u > start)(lambda: release(counts[0] - 1, counts[1] - 1))
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(r.ring_free.at[ring])
+                plgpu.barrier_arrive(r.feed_free.at[feed])
                 return counts[0] + 1, counts[1] + 1
 
-            ring_count, feed_count = lax.fori_loop(start, end, unit, counts)
-            plgpu.wgmma_wait(0)
-            release(ring_count - 1, feed_count - 1)
-            return low[...], high[...], (ring_count, feed_count)
+            counts_ = lax.fori_loop(start, end, unit, counts)
+            return low[...], high[...], counts_
 
         sums = plgpu.ACC((64, g.rows), F32)
         return pl.run_scoped(accumulate, sums, sums)
