@@ -1,8 +1,15 @@
 """What dynamic depth costs and saves while decoding, against the same thing written the obvious way.
 
-Every program decodes the same random tokens from the same kind of random state: dense; a depth that is data, decided at
-every layer, for all, a half and a quarter of the layers; and the naive programs over stacked weights. Run it where the
-numbers shall come from: ``python bench/depth.py --shape llama3-8b --dtype bfloat16 --jsonl FILE``.
+Every program decodes the same random tokens from the same kind of random state, in one of three studies:
+
+- ``depth``: dense; a depth that is data, decided at every layer, for all, a half and a quarter of the layers; and the
+  naive programs over stacked weights.
+- ``decisions``: each rule, asked at a few layers and never leaving, beside a rule that only compares two integers.
+- ``batch``: sequences that leave at the recorded depths of real tokens (``--depths``, made by ``bench/record.py``),
+  under every way to run such a batch.
+
+Run it where the numbers shall come from:
+``python bench/depth.py --shape llama3-8b --dtype bfloat16 --study depth --batch 1,8 --jsonl FILE``.
 """
 
 import argparse
@@ -15,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -36,7 +44,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="tiny", choices=shapes())
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--study", default="depth", choices=STUDIES)
+    parser.add_argument("--depths", type=Path, help="recorded depths, for --study batch")
+    parser.add_argument("--batch", default="1", help="batch sizes, separated by commas")
     parser.add_argument("--context", type=int, default=256, help="cache slots")
     parser.add_argument("--filled", type=int, help="slots filled before the first step (default: half of them)")
     parser.add_argument("--steps", type=int, default=32)
@@ -47,28 +57,35 @@ def main() -> int:
     arguments.filled = arguments.filled or arguments.context // 2
     if arguments.filled + arguments.steps > arguments.context:
         parser.error(f"expected --filled + --steps up to --context={arguments.context}")
+    if (arguments.study == "batch") != (arguments.depths is not None):
+        parser.error("expected --depths FILE with --study batch, and only there; make it with bench/record.py")
     only = None if arguments.only is None else arguments.only.split(",")
-    dense = None
+    dense = {}
     for stacked in (False, True):
         model = models.Transformer(shapes()[arguments.shape], jax.random.key(0), DTYPES[arguments.dtype])
         model = models.stack_for_decoding(model) if stacked else model
-        for name, plan, decode in programs(model, stacked):
-            if only is not None and name not in only:
-                continue
-            row = time_program(model, plan, decode, arguments)
-            dense = row["median_ms"] if name == "dense_list" else dense
-            speedup = dense and dense / row["median_ms"]
-            row = {"bench": "depth", "program": name, "speedup": speedup, **row, **describe_run(model)}
-            sys.stdout.write(json.dumps(row) + "\n")
-            sys.stdout.flush()
-            if arguments.jsonl is not None:
-                with arguments.jsonl.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+        for batch in map(int, arguments.batch.split(",")):
+            for name, plan, decode in STUDIES[arguments.study](model, stacked, batch, arguments):
+                if only is not None and name not in only:
+                    continue
+                row = time_program(model, plan, decode, batch, arguments)
+                if name == "dense_list":
+                    dense[batch] = row["median_ms"]
+                speedup = dense[batch] / row["median_ms"] if batch in dense else None
+                row = {"bench": arguments.study, "program": name, "speedup": speedup, **row, **describe_run(model)}
+                sys.stdout.write(json.dumps(row) + "\n")
+                sys.stdout.flush()
+                if arguments.jsonl is not None:
+                    with arguments.jsonl.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
     return 0
 
 
-def programs(model: models.Transformer, stacked: bool) -> list[tuple[str, Plan, Callable]]:
-    """Return name, plan and decoding function of every program over a list of layers, or over stacked ones."""
+Program = tuple[str, Plan, Callable]  # name, plan, function that decodes the given tokens
+
+
+def depth_programs(model: models.Transformer, stacked: bool, batch: int, arguments: Any) -> list[Program]:
+    """Return dense, data-dependent and naive programs over a list of layers, or over stacked ones."""
     num_layers = len(model.layers)
     kept = {share: max(1, num_layers // parts) for share, parts in SHARES.items()}
     recorded = {share: Plan(depth=depth.Recorded(depths=jnp.array([count]))) for share, count in kept.items()}
@@ -89,14 +106,66 @@ def programs(model: models.Transformer, stacked: bool) -> list[tuple[str, Plan, 
     return found
 
 
-def time_program(model: models.Transformer, plan: Plan, decode: Callable, arguments: argparse.Namespace) -> dict:
+def decision_programs(model: models.Transformer, stacked: bool, batch: int, arguments: Any) -> list[Program]:
+    """Return every rule, asked at seven layers and never leaving; ``none`` compares integers only."""
+    num_layers = len(model.layers)
+    rules = {
+        "none": depth.Recorded(depths=jnp.array([num_layers])),
+        "saturation": depth.Saturation(threshold=1.0),
+        "max_prob": depth.Confidence(threshold=1.0),
+        "margin": depth.Confidence(threshold=1.0, measure="margin"),
+        "entropy": depth.Confidence(threshold=1.0, measure="entropy"),
+        "patience": depth.Patience(patience=num_layers),
+        "candidates": depth.CandidateExit.create(jax.random.key(0), num_layers, threshold=1.0),
+    }
+    driver = "indexed" if stacked else "segments"
+    dense = [] if stacked else [("dense_list", Plan(), decode_steps)]
+    asked = max(1, num_layers // 8)
+    return [
+        *dense,
+        *(
+            (f"{driver}_{name}", Plan(depth=depth.every(rule, step=asked)), decode_steps)
+            for name, rule in rules.items()
+        ),
+    ]
+
+
+def batch_programs(model: models.Transformer, stacked: bool, batch: int, arguments: Any) -> list[Program]:
+    """Return every way to run sequences that leave at depths of their own.
+
+    Recorded depths are shares of their model's layers; the plans ask at every eighth of the depth.
+    """
+    num_layers = len(model.layers)
+    recorded = json.loads(arguments.depths.read_text(encoding="utf-8"))
+    table_SB = np.array(recorded["depths"]).T
+    if table_SB.shape[1] < batch:
+        raise ValueError(f"expected recorded depths of at least {batch} sequences, got {table_SB.shape[1]}")
+    table_SB = np.ceil(table_SB[:, :batch] * num_layers / recorded["num_layers"]).astype(np.int32)
+    rule = depth.every(depth.Recorded(depths=jnp.asarray(table_SB)), step=max(1, num_layers // 8))
+    plan = Plan(depth=rule)
+    if stacked:
+        return [("dense_indexed", Plan(), decode_steps), ("indexed", plan, decode_steps)]
+    run = lambda driver: functools.partial(decode_steps, driver=driver)  # noqa: E731
+    return [
+        ("dense_list", Plan(), decode_steps),
+        ("masked", plan, run("masked")),
+        ("segments", plan, decode_steps),
+        *((f"compact_{c}", plan, run(dyninf.Compact(capacity=c))) for c in (batch // 2, batch // 4) if c),
+        ("catch_up", Plan(depth=rule, fill="catch_up"), decode_steps),
+    ]
+
+
+STUDIES = {"depth": depth_programs, "decisions": decision_programs, "batch": batch_programs}
+
+
+def time_program(
+    model: models.Transformer, plan: Plan, decode: Callable, batch: int, arguments: argparse.Namespace
+) -> dict:
     """Return the times of one decode step, and what it must read."""
     key = jax.random.key(0)
-    sizes = {"batch": arguments.batch, "length": arguments.filled, "capacity": arguments.context}
+    sizes = {"batch": batch, "length": arguments.filled, "capacity": arguments.context}
     start = random_state(model, plan, **sizes, key=key)
-    tokens_NB = jax.random.randint(
-        jax.random.fold_in(key, 1), (arguments.steps, arguments.batch), 0, model.config.vocab_size
-    )
+    tokens_NB = jax.random.randint(jax.random.fold_in(key, 1), (arguments.steps, batch), 0, model.config.vocab_size)
     spent = []
 
     def run(state: dyninf.DecodeState) -> Any:
@@ -105,17 +174,18 @@ def time_program(model: models.Transformer, plan: Plan, decode: Callable, argume
 
     timing = measure(run, warmup=1, repeats=arguments.repeats, setup=lambda: jax.tree.map(jnp.copy, start))
     timing, means = timing.per(arguments.steps), dyninf.summarize(spent[0])
-    num_bytes = bytes_per_step(model, means, arguments.batch)
+    num_bytes = bytes_per_step(model, means, batch)
     return {
-        "batch": arguments.batch,
+        "batch": batch,
         "context": arguments.context,
         "filled": arguments.filled,
         "dtype": arguments.dtype,
         "median_ms": 1000 * timing.median,
         "p10_ms": 1000 * timing.p10,
         "p90_ms": 1000 * timing.p90,
-        "tokens_per_s": arguments.batch / timing.median,
+        "tokens_per_s": batch / timing.median,
         "layers_run": means["layers_run"],
+        "layers_needed": means["layers_needed"],
         "bytes_per_step": num_bytes,
         "achieved_gb_s": num_bytes / timing.median / 1e9,
     }

@@ -43,6 +43,48 @@ def decode_table() -> str:
     return _table(head, lines) + note
 
 
+PROGRAMS = {
+    "dense_list": "dense, a list of layers (XLA)",
+    "dense_indexed": "dense, stacked layers, driver `indexed`",
+    "indexed": "depth decided by data, `indexed`",
+    "indexed_cosine": "the same, states compared before every layer",
+    "segments": "depth decided by data, `segments`: a conditional for each layer",
+    "naive_while": "`lax.while_loop` over stacked weights",
+    "naive_scan": "`lax.scan` over stacked weights",
+    "naive_cond": "`lax.cond` for each layer of stacked weights",
+}
+
+
+def depth_table() -> str:
+    """Return what dynamic depth costs and saves, beside the programs one would write first."""
+    rows = [json.loads(line) for line in (RESULTS / "depth_h200.jsonl").read_text(encoding="utf-8").splitlines()]
+    kinds = list(PROGRAMS)
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["batch"], kinds.index(_kind(row["program"])))):
+        lines.append(
+            [
+                PROGRAMS[_kind(row["program"])],
+                str(row["batch"]),
+                f"{row['layers_run']:.0f}",
+                f"{row['median_ms']:.2f}",
+                f"{row['tokens_per_s']:.0f}",
+                f"{row['speedup']:.2f}x" if row["speedup"] else "",
+                f"{row['achieved_gb_s'] / 1000:.2f}",
+            ]
+        )
+    about = rows[0]
+    head = ["program", "batch", "layers run", "ms/step", "tokens/s", "against dense (XLA)", "TB/s"]
+    note = (
+        f"\nLlama-3-8B shape, random weights, {about['filled']} of {about['context']} slots filled, {about['device']}, "
+        f"{about['dtype']}, jax {about['jax']}, commit {about['commit']}.\n"
+    )
+    return _table(head, lines) + note
+
+
+def _kind(program: str) -> str:
+    return program.removesuffix("_all").removesuffix("_half").removesuffix("_quarter")
+
+
 def compare_table(name: str) -> str:
     """Return what plans predict, need and save on the shipped model's held-out text."""
     about = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
@@ -111,6 +153,7 @@ def draw(path: Path) -> None:
 
 
 TABLES = {
+    "depth": depth_table,
     "decode": decode_table,
     "compare_cpu": lambda: compare_table("compare_cpu"),
     "compare_h200": lambda: compare_table("compare_h200"),

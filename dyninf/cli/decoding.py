@@ -13,6 +13,7 @@ import numpy as np
 
 import dyninf
 from dyninf.catch_up import no_pending
+from dyninf.depth_loop import Driver
 from dyninf.model import CausalLM, kv_shape, vocab_size
 from dyninf.timing import Timing, measure
 
@@ -25,14 +26,18 @@ class Excerpt:
     following: np.ndarray
 
 
-@functools.partial(jax.jit, donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("driver",), donate_argnames=("state",))
 def decode_steps(
-    model: CausalLM, state: dyninf.DecodeState, plan: dyninf.Plan, tokens_NB: jax.Array
+    model: CausalLM,
+    state: dyninf.DecodeState,
+    plan: dyninf.Plan,
+    tokens_NB: jax.Array,
+    driver: Driver | None = None,
 ) -> tuple[dyninf.DecodeState, dyninf.StepStats]:
     """Run N decode steps that are fed the given tokens; return the state and the statistics of every step."""
 
     def body(state: dyninf.DecodeState, token_B: jax.Array) -> tuple[dyninf.DecodeState, dyninf.StepStats]:
-        return dyninf.decode_step(model, dataclasses.replace(state, token=token_B), plan)
+        return dyninf.decode_step(model, dataclasses.replace(state, token=token_B), plan, driver=driver)
 
     return jax.lax.scan(body, state, tokens_NB)
 

@@ -18,6 +18,7 @@ from dyninf.cli.heldout import FILE
 from dyninf.depth_loop import default_driver
 from dyninf.timing import device_name
 from pallas_kernels.attention import explain_attention
+from pallas_kernels.decoder_stack import explain_decode
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors", "tokenizers")
 EXTRAS = {"torch": "parity", "transformers": "parity", "libtpu": "tpu", "jax_cuda13_plugin": "gpu"}
@@ -89,13 +90,32 @@ def _attention(console: Console) -> None:
 
 
 def _drivers(console: Console) -> None:
-    table = _table("Depth drivers while decoding", "plans", "example", "driver")
-    for kind, policy in (
-        ("static schedules", depth.UnifiedSkip(speedup=2.0)),
-        ("data-dependent depth", depth.Confidence(threshold=0.9)),
+    """Say which driver decodes what, with the measurements of bench/results/depth_h200.jsonl as the reason."""
+    serving, refused = _decode_kernel()
+    if serving:
+        indexed = "one kernel reads layers in place: depth by data costs no time (H200: 1.00 of dense)"
+    else:
+        indexed = f"runs as a loop here: {refused}; lists of layers are faster on a GPU"
+    table = _table("Depth drivers while decoding", "layers", "plans", "example", "driver", "why")
+    layers = (None,) * NUM_LAYERS
+    for kind, policy, why in (
+        ("static schedules", depth.UnifiedSkip(speedup=2.0), "no control flow: costs what its layers cost"),
+        (
+            "data-dependent depth",
+            depth.Confidence(threshold=0.9),
+            "layers that nobody needs are not read; a conditional costs about 30 us (H200), so ask seldom",
+        ),
     ):
-        table.add_row(kind, repr(policy), default_driver((None,) * NUM_LAYERS, dyninf.Plan(depth=policy)))
+        table.add_row("a list", kind, repr(policy), default_driver(layers, dyninf.Plan(depth=policy)), why)
+    table.add_row("stacked", "all but skips by token", "", "indexed", indexed)
     console.print(table)
+
+
+def _decode_kernel() -> tuple[bool, str | None]:
+    """Return whether the kernel of stacked layers serves an 8B model here, and if not, why."""
+    sizes = {"d_model": 4096, "d_ff": 14336, "kv_heads": 8, "group": 4, "head_dim": HEAD_DIM, "batch": 1}
+    name, reason = explain_decode(**sizes, capacity=2048, dtype="bfloat16")[0]
+    return reason is None, f"{name} {reason}"
 
 
 def _models(console: Console) -> bool:
