@@ -9,8 +9,8 @@ Every number is written, asked for and emptied by one thread each, so none can b
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, scf
 
 from pallas_kernels.decoder_stack.tiles import F32, TILE
 
@@ -73,7 +73,7 @@ def _warm(ctx, ref):
 
 
 def _take(ctx, *refs):
-    i32, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.F32Type.get())
+    i32 = ir.IntegerType.get_signless(32)
     unwritten = mgpu.c(EMPTY_BITS - 2**32, i32)
     places = [_addresses(ref) for ref in refs]
     addresses = [address for _, found in places for address in found]
@@ -93,20 +93,12 @@ def _take(ctx, *refs):
         scf.yield_(list(after.arguments))
     for ref in refs:
         _empty(ctx, ref)
-    halves = [arith.bitcast(ir.F32Type.get(), bits) for bits in loop.results]
-    arrays, start = [], 0
-    for shape, found in places:
-        registers = _registers(shape, halves[start : start + 2 * len(found)], pair)
-        start += 2 * len(found)
+    single = ir.VectorType.get((1,), ir.F32Type.get())
+    numbers = iter([mgpu.utils.bitcast(bits, single) for bits in loop.results])
+    arrays = []
+    for shape, _ in places:
+        registers = np.empty(shape, dtype=object)
+        for index in np.ndindex(*shape):
+            registers[index] = mgpu.utils.vector_concat([next(numbers), next(numbers)])
         arrays.append(mgpu.FragmentedArray(_registers=registers, _layout=TILE.to_mgpu(), _is_signed=None))
     return arrays
-
-
-def _registers(shape, numbers, pair):
-    registers = np.empty(shape, dtype=object)
-    for i, index in enumerate(np.ndindex(*shape)):
-        vector = llvm.mlir_undef(pair)
-        for j in (0, 1):
-            vector = llvm.insertelement(vector, numbers[2 * i + j], mgpu.c(j, ir.IntegerType.get_signless(32)))
-        registers[index] = vector
-    return registers
