@@ -93,7 +93,8 @@ def decode_step(
 ) -> tuple[DecodeState, StepStats]:
     """Put the last token into the cache and sample the next one.
 
-    Sequences that are done keep their token, write nothing and need no layers.
+    Sequences that are done keep their token, write nothing and need no layers. Where the depth policy ends a text, the
+    token is :data:`dyninf.prompts.PAD`.
 
     Args:
         driver: how layers are run; ``None`` takes the plan's default (see :mod:`dyninf.depth_loop`).
@@ -122,7 +123,7 @@ def decode_step(
     caches, stacked = state.cache.layers, state.cache.stacked
     out = run_layers(
         model.layers,
-        model.embed(state.token[:, None]),
+        model.embed(jnp.maximum(state.token, 0)[:, None]),
         list_caches(caches) if stacked and driver != "indexed" else caches,
         run,
         plan.depth,
@@ -137,8 +138,13 @@ def decode_step(
     stats = StepStats(
         active=live_B, needed=out.needed_BT[:, 0], run=out.run, kv_live=cache.length, kv_read=cache.length
     )
-    state = dataclasses.replace(state, cache=cache, depth=out.state, pending=out.pending)
-    return _sample(state, logits_BV, plan), stats
+    state = _sample(dataclasses.replace(state, cache=cache, depth=out.state, pending=out.pending), logits_BV, plan)
+    stops_BT = plan.depth.stops(out.state)
+    if stops_BT is None:
+        return state, stats
+    stops_B = live_B & stops_BT[:, 0]
+    token = jnp.where(stops_B, PAD, state.token)
+    return dataclasses.replace(state, token=token, done=state.done | stops_B), stats
 
 
 def generate(

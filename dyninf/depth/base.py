@@ -83,6 +83,13 @@ class DepthPolicy:
         """
         return None
 
+    def stops(self, state: Any) -> jax.Array | None:
+        """Return which tokens ``[B, T]`` end their text, ``None`` if the policy never ends one.
+
+        ``state`` is that of the whole step. A sequence that is ended gets no token from this step.
+        """
+        return None
+
     def planned_layers(self, step_BT: jax.Array, num_layers: int) -> jax.Array | None:
         """Return how many leading layers each token runs ``[B, T]`` where that is known before the step, else ``None``.
 

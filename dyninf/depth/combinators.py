@@ -1,6 +1,8 @@
 """Build depth policies from others: fewer decisions, several rules at once, thresholds that change with position."""
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -39,6 +41,10 @@ class Restricted(DepthPolicy):
     def skip_state(self, state: Any, obs: LayerObs) -> jax.Array | None:
         """Return the inner answer."""
         return self.policy.skip_state(state, obs)
+
+    def stops(self, state: Any) -> jax.Array | None:
+        """Return the inner answer."""
+        return self.policy.stops(state)
 
     def cosine_rule(self, num_layers: int) -> tuple[jax.Array | float, tuple[int, ...]] | None:
         """Return the inner rule at the decision layers that pass the restriction."""
@@ -102,6 +108,12 @@ class FirstOf(DepthPolicy):
             action_BT = jnp.maximum(action_BT, jnp.where(action == EXIT, EXIT, 0))
         return action_BT, tuple(inner for _, inner in answers)
 
+    def stops(self, state: tuple) -> jax.Array | None:
+        """Return the texts that any policy ends."""
+        answers = [policy.stops(inner) for policy, inner in zip(self.policies, state, strict=True)]
+        answers = [answer for answer in answers if answer is not None]
+        return functools.reduce(operator.or_, answers) if answers else None
+
     def decision_layers(self, num_layers: int) -> tuple[int, ...]:
         """Return the union of the decision layers."""
         return tuple(sorted({layer for policy in self.policies for layer in policy.decision_layers(num_layers)}))
@@ -152,6 +164,10 @@ class DecayingThreshold(DepthPolicy):
         decay_BT = jnp.exp(-self.temperature * obs.step_BT.astype(jnp.float32) / self.length)
         threshold_BT = (0.9 + 0.1 * decay_BT) * self.policy.threshold
         return dataclasses.replace(self.policy, threshold=threshold_BT).update(state, obs)
+
+    def stops(self, state: Any) -> jax.Array | None:
+        """Return the inner answer."""
+        return self.policy.stops(state)
 
     def decision_layers(self, num_layers: int) -> tuple[int, ...]:
         """Return the inner decision layers."""
