@@ -30,6 +30,36 @@ PYCODE_13M_RECIPE = Recipe(
     save_every=2400,
 )
 
+# A model that retrieves: token tasks only, so that a cache policy that loses what is asked for is seen at once. 6.5
+# million parameters are 13 MB in bfloat16.
+RECALL = ModelConfig(
+    vocab_size=1024,  # replaced by the tasks' own
+    num_layers=8,  # retrieval takes two, following a chain of assignments more
+    d_model=256,
+    d_ff=704,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    max_length=32768,
+    rope_theta=500000.0,  # slow enough at the far end to tell 32768 positions apart
+    tie_embeddings=True,
+)
+
+# The first of several lengths: go on with --from, --set recipe.length=2048 and then 8192, and a smaller batch.
+RECALL_RECIPE = Recipe(
+    steps=6000,
+    batch_size=128,
+    length=512,
+    learning_rate=1e-3,
+    warmup=300,
+    weight_decay=0.01,
+    dropout=0.0,  # every layer is needed to find anything
+    e_scale=0.0,
+    exit_period=8,
+    eval_every=500,
+    save_every=2000,
+)
+
 # A few minutes on two CPU cores, to see the whole pipeline work on a folder of one's own.
 TINY = ModelConfig(
     vocab_size=1024,

@@ -1,4 +1,4 @@
-"""``dyninf eval``: how early a model knows the next token, exit layer by exit layer."""
+"""``dyninf eval``: how early a model knows the next token, exit layer by exit layer; or what it answers of tasks."""
 
 import argparse
 import json
@@ -16,11 +16,13 @@ from dyninf.cli.compare import add_data_options, read_windows
 from dyninf.cli.heldout import Windows
 from dyninf.cli.plan_options import add_plan_options, read_plan
 from dyninf.cli.quality import batches, evaluate
+from dyninf.cli.task_eval import add_task_options, run_tasks
 
 EXAMPLES = """\
 examples:
   dyninf eval
   dyninf eval --model my_model/ --data held_out/ --plan exit_confidence --json exits.json
+  dyninf eval --tasks niah_single_1,passkey --plans dense,exit_half --lengths 1024 --jsonl rows.jsonl --plots plots/
 
 An exit after layer l reads the state of layer l with the model's own final norm and vocabulary matrix.
 """
@@ -30,20 +32,27 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command to the parser."""
     parser = subparsers.add_parser(
         "eval",
-        help="how many tokens each exit layer gets right",
-        description="Measure a model on held-out text at every exit layer, and under a plan.",
+        help="how many tokens each exit layer gets right, or what plans answer",
+        description="Measure a model on held-out text at every exit layer, and under a plan; or plans on tasks.",
         epilog=EXAMPLES,
     )
     add_model_options(parser)
     add_data_options(parser)
     add_plan_options(parser, default=None)
     parser.add_argument("--json", metavar="FILE", help="write the numbers as JSON, too")
+    add_task_options(parser)
     parser.set_defaults(run=run)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print one row per exit layer."""
+    """Measure and print one row per exit layer, or one table of plans and tasks."""
+    if arguments.tasks is not None:
+        text_only = {"--plan": arguments.plan, "--set": arguments.changes, "--data": arguments.data}
+        text_only |= {"--tokens": arguments.tokens, "--json": arguments.json}
+        if given := [name for name, value in text_only.items() if value]:
+            raise ValueError(f"expected --plans and --jsonl beside --tasks, got {', '.join(given)}, which is for text")
+        return run_tasks(arguments)
     if arguments.changes and arguments.plan is None:
         raise ValueError("expected --plan NAME beside --set, got no plan to change")
     check_output(arguments.json)

@@ -1,4 +1,4 @@
-"""``dyninf train``: a folder of text to a small language model whose early exits work."""
+"""``dyninf train``: from a folder of text, or from tasks made of tokens, to a small model whose early exits work."""
 
 import argparse
 import dataclasses
@@ -12,17 +12,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dyninf.cli.plan_options import read_value
-from dyninf.configs.training import PYCODE_13M, PYCODE_13M_RECIPE, TINY, TINY_RECIPE
+from dyninf.configs.training import PYCODE_13M, PYCODE_13M_RECIPE, RECALL, RECALL_RECIPE, TINY, TINY_RECIPE
 from dyninf.models import ModelConfig
+from dyninf.tasks import TOKEN_TASKS
 from dyninf.training import checkpoints
-from dyninf.training.loop import prepare, train
+from dyninf.training.loop import prepare, train, train_tasks
 from dyninf.training.recipe import Recipe
 
-CONFIGS = {"tiny": (TINY, TINY_RECIPE), "pycode-13m": (PYCODE_13M, PYCODE_13M_RECIPE)}
+CONFIGS = {
+    "tiny": (TINY, TINY_RECIPE),
+    "pycode-13m": (PYCODE_13M, PYCODE_13M_RECIPE),
+    "recall": (RECALL, RECALL_RECIPE),
+}
 
 DESCRIPTION = """\
 Train a tokenizer and a small language model on folders of text, with the LayerSkip recipe, so that every layer can be
-an exit. The result is a Hugging Face folder that the other commands take as --model.
+an exit. The result is a Hugging Face folder that the other commands take as --model. With --tasks the model learns to
+retrieve from long contexts of tokens instead, and no text is read.
 """
 
 EXAMPLES = """\
@@ -31,6 +37,7 @@ examples:
   dyninf train docs/ notes/ --suffix .md --suffix .txt --run runs/docs --set recipe.steps=600
   dyninf train src/ --run runs/large --config pycode-13m --set model.num_layers=12
   dyninf generate --model runs/mine/model --prompt "import "
+  dyninf train --tasks needle,multivalue,tracking=2 --config recall --run runs/recall
 
 what is read: files with the suffix (.py) under the folders, in UTF-8 and up to 1 MB each; not hidden folders, symbolic
 links, generated or minified files, files of mere data and near-duplicates. About 5 % of the files are held out and only
@@ -56,7 +63,12 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
         description=DESCRIPTION,
         epilog=EXAMPLES + _settings(),
     )
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folders of text")
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="folders of text")
+    parser.add_argument(
+        "--tasks",
+        metavar="A,B=WEIGHT",
+        help=f"train on token tasks instead of text, drawn by weight: {', '.join(TOKEN_TASKS)}",
+    )
     parser.add_argument("--run", required=True, metavar="FOLDER", dest="directory", help="where the run is kept")
     parser.add_argument("--config", choices=tuple(CONFIGS), default="tiny", help="model and recipe (default: tiny)")
     parser.add_argument(
@@ -93,8 +105,15 @@ def run(arguments: argparse.Namespace) -> int:
         )
     directory, suffixes, init = Path(arguments.directory), tuple(arguments.suffixes or (".py",)), arguments.init
     reporter = Reporter(recipe)
+    if bool(arguments.folders) == (arguments.tasks is not None):
+        raise ValueError("expected folders of text or --tasks, one of them; see dyninf train --help")
     try:
         with reporter:
+            if arguments.tasks is not None:
+                tasks = read_tasks(arguments.tasks)
+                folder = train_tasks(config, recipe, directory, tasks=tasks, report=reporter, init=init)
+                print(f"the model is in {folder}; try: dyninf eval --model {folder} --tasks {','.join(tasks)}")
+                return 0
             prepare(
                 arguments.folders,
                 directory,
@@ -111,6 +130,24 @@ def run(arguments: argparse.Namespace) -> int:
         raise
     print(f"the model is in {folder}; try: dyninf generate --model {folder} --prompt 'import '")
     return 0
+
+
+def read_tasks(text: str) -> dict[str, float]:
+    """Return the weight of each task of a list such as ``needle,tracking=2``.
+
+    Raises:
+        ValueError: if an entry has no name, a weight cannot be read, or a task comes twice.
+    """
+    tasks: dict[str, float] = {}
+    for entry in text.split(","):
+        name, equals, weight = entry.strip().partition("=")
+        if not name or name in tasks:
+            raise ValueError(f"expected different tasks joined by commas, got {text!r}")
+        try:
+            tasks[name] = float(weight) if equals else 1.0
+        except ValueError:
+            raise ValueError(f"expected a number as the weight of {name}, got {weight!r}") from None
+    return tasks
 
 
 def configure(name: str, changes: Sequence[str]) -> tuple[ModelConfig, Recipe]:

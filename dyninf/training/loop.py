@@ -7,14 +7,12 @@ checkpoint and makes the same losses as a run that was never stopped, on hardwar
 and TPU have). Nothing is ever unpickled.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +26,16 @@ from dyninf.training import checkpoints
 from dyninf.training.corpus import Document, collect, deduplicate, split
 from dyninf.training.data import TokenData, fingerprint, pack, train_tokenizer
 from dyninf.training.recipe import Recipe
+from dyninf.training.run_files import alone, open_log, refuse_changes, write
 from dyninf.training.step import TrainState, eval_step, init_state, train_step
+from dyninf.training.task_data import TaskData
 
 HELD_OUT = (0.05, 0.1, 0.2, 0.4)  # of the files; the first that leaves some on both sides
 LOG_EVERY = 10  # steps; reading a loss waits for the device
 TOKENIZER_SAMPLE = 60_000_000  # characters; more changes a small vocabulary little
 
 Report = Callable[[dict[str, Any]], None]
+Data = TokenData | TaskData
 
 
 def prepare(
@@ -67,7 +68,7 @@ def prepare(
     made_from = {"corpus": {"folders": names, "suffixes": list(suffixes), "vocab_size": vocab_size, "init": init}}
     files = ("tokenizer.json", "train.tokens.json", "heldout.tokens.json", "corpus.json")
     if all((run / name).exists() for name in files):
-        _refuse_changes(run / "corpus.json", made_from)
+        refuse_changes(run / "corpus.json", made_from)
         return
     documents = collect(folders, suffixes=suffixes)
     report({"event": "collected", "documents": len(documents)})
@@ -83,13 +84,13 @@ def prepare(
         )
     tokenizer = train_tokenizer(_sample(train), vocab_size) if init is None else load_tokenizer(init)
     run.mkdir(parents=True, exist_ok=True)
-    with _alone(run):
+    with alone(run):
         (run / "corpus.json").unlink(missing_ok=True)
-        _write(run / "tokenizer.json", tokenizer.to_str(pretty=True))
+        write(run / "tokenizer.json", tokenizer.to_str(pretty=True))
         for name, part in (("heldout", held_out), ("train", train)):
             data = pack(part, tokenizer, run / f"{name}.tokens")
             report({"event": "packed", "split": name, "tokens": int(data.tokens.size)})
-        _write(run / "corpus.json", json.dumps(made_from, indent=1) + "\n")
+        write(run / "corpus.json", json.dumps(made_from, indent=1) + "\n")
 
 
 def train(
@@ -109,29 +110,71 @@ def train(
     """
     run = Path(run)
     data, held_out, tokenizer = _open_data(run, recipe)
+    about = {"tokens": int(data.tokens.size), "tokenizer": fingerprint(tokenizer)}
+    vocabulary = {"vocab_size": tokenizer.get_vocab_size(), "eos_ids": (0,)}
+    return _train(config, vocabulary, recipe, run, data, held_out, about, report=report, init=init)
+
+
+def train_tasks(
+    config: ModelConfig,
+    recipe: Recipe,
+    run: str | os.PathLike,
+    *,
+    tasks: dict[str, float],
+    report: Report,
+    init: str | None = None,
+) -> Path:
+    """Train on token tasks (:data:`dyninf.tasks.TOKEN_TASKS`) in a run directory and return the model directory.
+
+    Rows are drawn while training; only answers are predicted. Their lengths are between a quarter of the recipe's and
+    all of it, so that a model that begins with short ones (``init``) meets them again.
+
+    Args:
+        config: its vocabulary is replaced by that of the tasks.
+        tasks: weight of each task by name.
+        init, report: as for :func:`train`.
+
+    Raises:
+        ValueError: as :func:`train`, and if a task is unknown or the length too short for it.
+    """
+    run, data = Path(run), TaskData(tasks=tuple(tasks.items()))
+    data.check(recipe.length)
+    run.mkdir(parents=True, exist_ok=True)
+    write(run / "tokenizer.json", data.tokenizer().to_str(pretty=True))
+    about = {"tasks": tasks, "vocabulary": dataclasses.asdict(data.vocabulary)}
+    vocabulary = {"vocab_size": data.vocabulary.size, "eos_ids": ()}
+    return _train(config, vocabulary, recipe, run, data, data.held_out(), about, report=report, init=init)
+
+
+def _train(config, vocabulary, recipe, run: Path, data, held_out, about, *, report: Report, init: str | None) -> Path:
     start = None if init is None else load(init, dtype=jnp.float32)
     config = config if start is None else start.config
     if recipe.length > config.max_length:
         raise ValueError(
             f"expected length at most the model's max_length={config.max_length}, got {recipe.length}; change one"
         )
-    config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size(), eos_ids=(0,))
+    if start is not None and start.config.vocab_size != vocabulary["vocab_size"]:
+        raise ValueError(
+            f"expected a model with the vocabulary of this data, {vocabulary['vocab_size']} ids, got "
+            f"{start.config.vocab_size}; go on from a model that was trained on such data"
+        )
+    config = dataclasses.replace(config, **vocabulary)
     begun_with = {
         "model": dataclasses.asdict(config),
         "recipe": dataclasses.asdict(recipe),
         "init": {"model": init},
-        "data": {"tokens": int(data.tokens.size), "tokenizer": fingerprint(tokenizer)},
+        "data": about,
     }
     saved = run / "checkpoints"
-    with _alone(run):
+    with alone(run):
         if checkpoints.latest(saved) is None:  # nothing to go on from, so a begun run may still be changed
-            _write(run / "recipe.json", json.dumps(begun_with, indent=1) + "\n")
-        _refuse_changes(run / "recipe.json", begun_with)
+            write(run / "recipe.json", json.dumps(begun_with, indent=1) + "\n")
+        refuse_changes(run / "recipe.json", begun_with)
         state = init_state(config, recipe, start)
         if checkpoints.latest(saved) is not None:
             state = checkpoints.restore(saved, state)
             report({"event": "resumed", "step": int(state.step)})
-        with _open_log(run / "log.jsonl", int(state.step)) as log:
+        with open_log(run / "log.jsonl", int(state.step)) as log:
             state = _loop(state, data, held_out, recipe, saved, _tee(log, report))
     model = unstack_layers(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.model))
     save_hf(model, run / "model", tokenizer_file=run / "tokenizer.json", overwrite=True)
@@ -157,11 +200,12 @@ def _open_data(run: Path, recipe: Recipe) -> tuple[TokenData, TokenData, Tokeniz
     return *parts, tokenizer
 
 
-def _loop(state: TrainState, data: TokenData, held_out: TokenData, recipe: Recipe, saved, report) -> TrainState:
+def _loop(state: TrainState, data: Data, held_out: Data, recipe: Recipe, saved, report) -> TrainState:
     shape = {"batch_size": recipe.batch_size, "length": recipe.length, "seed": recipe.seed}
     logged, began = int(state.step), time.perf_counter()
     for step in range(int(state.step), recipe.steps):
-        state, metrics = train_step(state, jnp.asarray(data.batch(step, **shape)), recipe)
+        tokens, mask = _arrays(data.batch(step, **shape))
+        state, metrics = train_step(state, tokens, recipe, mask)
         done = step + 1
         last = done == recipe.steps
         logs, saves = done % LOG_EVERY == 0 or last, done % recipe.save_every == 0 or last
@@ -174,13 +218,19 @@ def _loop(state: TrainState, data: TokenData, held_out: TokenData, recipe: Recip
             logged, began = done, now
             report({"event": "step", "step": done, **values, "tokens_per_second": round(speed)})
         if done % recipe.eval_every == 0 or last:
-            batches = [jnp.asarray(held_out.batch(i, **shape)) for i in range(recipe.eval_batches)]
-            losses_L = np.mean([np.asarray(eval_step(state.model, batch, recipe)) for batch in batches], axis=0)
+            batches = [_arrays(held_out.batch(i, **shape)) for i in range(recipe.eval_batches)]
+            losses_KL = [np.asarray(eval_step(state.model, tokens, recipe, mask)) for tokens, mask in batches]
+            losses_L = np.mean(losses_KL, axis=0)
             report({"event": "eval", "step": done, "exit_losses": [round(float(loss), 5) for loss in losses_L]})
         if saves:
             checkpoints.save(saved, state)
             report({"event": "saved", "step": done})
     return state
+
+
+def _arrays(batch: np.ndarray | tuple[np.ndarray, np.ndarray]) -> tuple[jax.Array, jax.Array | None]:
+    """Return tokens, and which of them are to be predicted where the data says so."""
+    return tuple(map(jnp.asarray, batch)) if isinstance(batch, tuple) else (jnp.asarray(batch), None)
 
 
 def _check_finite(step: int, values: dict[str, float]) -> None:
@@ -189,66 +239,6 @@ def _check_finite(step: int, values: dict[str, float]) -> None:
             f"expected a finite loss and gradient at step {step}, got {values}; start another run with a lower "
             "learning rate (the checkpoints in this one are from before)"
         )
-
-
-@contextlib.contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """Hold the run directory; the operating system lets go of it when the process ends, however it ends."""
-    with (run / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"expected no other process in {str(run)!r}, got one that is at work there; wait for it or stop it"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-
-
-def _refuse_changes(path: Path, description: dict[str, dict[str, Any]]) -> None:
-    """Refuse to go on with a run that was begun differently."""
-    try:
-        begun = json.loads(path.read_bytes())
-        found = {(part, key): value for part, fields in begun.items() for key, value in fields.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"expected how the run was begun in {str(path)!r}, got {type(error).__name__}; use another run directory"
-        ) from error
-    wanted = {
-        (part, key): value
-        for part, fields in json.loads(json.dumps(description)).items()
-        for key, value in fields.items()
-    }
-    changed = [
-        f"{part}.{key}: {found.get((part, key))!r} -> {wanted.get((part, key))!r}"
-        for part, key in sorted(found.keys() | wanted.keys())
-        if found.get((part, key)) != wanted.get((part, key))
-    ]
-    if changed:
-        raise ValueError(
-            f"expected what {str(path.parent)!r} was begun with, got {'; '.join(changed)}; use another run directory"
-        )
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _open_log(path: Path, step: int):
-    """Open the log for appending, without the lines of steps that will be made again."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line.decode("utf-8"))
-        except (ValueError, KeyError, TypeError):  # a line that a kill cut short
-            continue
-    _write(path, "".join(line + "\n" for line in kept))
-    return path.open("a", encoding="utf-8")
 
 
 def _tee(log, report: Report) -> Report:

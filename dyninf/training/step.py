@@ -61,14 +61,21 @@ def init_state(config: ModelConfig, recipe: Recipe, model: Transformer | None = 
 
 
 @functools.partial(jax.jit, static_argnames=("recipe",), donate_argnames=("state",))
-def train_step(state: TrainState, tokens_BT1: jax.Array, recipe: Recipe) -> tuple[TrainState, dict[str, jax.Array]]:
+def train_step(
+    state: TrainState, tokens_BT1: jax.Array, recipe: Recipe, mask_BT: jax.Array | None = None
+) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one step on ``tokens [B, T+1]``.
+
+    Args:
+        mask_BT: which of the tokens 1 to T are to be predicted; ``None`` for all.
 
     Returns:
         The new state, and the metrics ``loss`` (weighted over exits), ``final_loss`` (cross-entropy of the full model,
         nats per token) and ``grad_norm``.
     """
-    (loss, entropy_K), grads = jax.value_and_grad(_loss, has_aux=True)(state.model, tokens_BT1, state.step, recipe)
+    (loss, entropy_K), grads = jax.value_and_grad(_loss, has_aux=True)(
+        state.model, tokens_BT1, mask_BT, state.step, recipe
+    )
     updates, optimizer_state = optimizer(recipe).update(grads, state.optimizer, state.model)
     model = optax.apply_updates(state.model, updates)
     metrics = {"loss": loss, "final_loss": entropy_K[-1], "grad_norm": optax.tree.norm(grads)}
@@ -76,14 +83,14 @@ def train_step(state: TrainState, tokens_BT1: jax.Array, recipe: Recipe) -> tupl
 
 
 @functools.partial(jax.jit, static_argnames=("recipe",))
-def eval_step(model: Transformer, tokens_BT1: jax.Array, recipe: Recipe) -> jax.Array:
+def eval_step(model: Transformer, tokens_BT1: jax.Array, recipe: Recipe, mask_BT: jax.Array | None = None) -> jax.Array:
     """Return the mean cross-entropy (nats per token) of every exit on ``tokens [B, T+1]``, float32 ``[L]``."""
     num_layers = model.config.num_layers
     keep_LB = jnp.ones((num_layers, tokens_BT1.shape[0]), bool)
     hiddens = hidden_states(_cast_layers(model, recipe), tokens_BT1[:, :-1], keep_LB)
-    mask = jnp.ones(tokens_BT1[:, 1:].shape, bool)
+    mask_BT = jnp.ones(tokens_BT1[:, 1:].shape, bool) if mask_BT is None else mask_BT
     readout = functools.partial(_readout, model, recipe)
-    return exit_loss(readout, hiddens, tokens_BT1[:, 1:], jnp.ones(num_layers), mask, recipe.chunk)[1]
+    return exit_loss(readout, hiddens, tokens_BT1[:, 1:], jnp.ones(num_layers), mask_BT, recipe.chunk)[1]
 
 
 def hidden_states(model: Transformer, tokens_BT: jax.Array, keep_LB: jax.Array) -> jax.Array:
@@ -108,7 +115,7 @@ def hidden_states(model: Transformer, tokens_BT: jax.Array, keep_LB: jax.Array) 
     return jax.lax.scan(body, x_BTD, (model.layers, keep_LB))[1]
 
 
-def _loss(model, tokens_BT1, step, recipe):
+def _loss(model, tokens_BT1, mask_BT, step, recipe):
     num_layers, batch = model.config.num_layers, tokens_BT1.shape[0]
     key = jax.random.fold_in(jax.random.key(recipe.seed), step)
     rates_L = layer_dropout_rates(num_layers, recipe.dropout)
@@ -127,9 +134,9 @@ def _loss(model, tokens_BT1, step, recipe):
     if rotational:
         exits_K = active_exits(num_layers, step, recipe.exit_period)
         hiddens, weights = hiddens[exits_K], active_exit_weights(weights, exits_K)
-    mask = jnp.ones(tokens_BT1[:, 1:].shape, bool)
+    mask_BT = jnp.ones(tokens_BT1[:, 1:].shape, bool) if mask_BT is None else mask_BT
     readout = functools.partial(_readout, model, recipe)
-    return exit_loss(readout, hiddens, tokens_BT1[:, 1:], weights, mask, recipe.chunk)
+    return exit_loss(readout, hiddens, tokens_BT1[:, 1:], weights, mask_BT, recipe.chunk)
 
 
 def _cast(model: Transformer, recipe: Recipe) -> Transformer:

@@ -129,7 +129,7 @@ def test_before_the_first_checkpoint_the_recipe_may_change(run, config, recipe, 
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_holds_it(run, config, recipe, monkeypatch):
-    def step(state, tokens, recipe):
+    def step(state, tokens, recipe, mask):
         loss = np.nan if state.step == 5 else 1.0
         return dataclasses.replace(state, step=state.step + 1), {"loss": loss, "grad_norm": 1.0}
 
@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_holds_it(run
 def test_a_run_goes_on_with_the_step_after_its_checkpoint_and_logs_every_step_once(run, config, recipe, monkeypatch):
     read, steps = {}, []
 
-    def step(state, tokens, recipe):
+    def step(state, tokens, recipe, mask):
         number = int(state.step)
         if number == 31 and steps.count(number) == 0:  # step 30 is logged and saved, 31 is not
             steps.append(number)
