@@ -11,6 +11,7 @@ from dyninf.depth import (
     Patience,
     Saturation,
     SkipLayers,
+    Thresholds,
     TokenHalting,
     UnifiedSkip,
     after_layer,
@@ -35,6 +36,8 @@ def plans(num_layers: int) -> dict[str, Plan]:
     stride = max(1, num_layers // 8)
     confidence = Confidence(threshold=0.9)
     asked, cap = tuple(share * num_layers // 8 for share in (3, 4, 5)), 3 * num_layers // 4
+    # Solved by "dyninf calibrate --mean 0.55 --peak 12 --exits 6,8,10,12" on the shipped model's held-out text.
+    solved = dict(zip(asked, (0.877, 0.592, 0.320), strict=True))
     return {
         # The identity: every layer, exact.
         "dense": Plan(),
@@ -55,7 +58,14 @@ def plans(num_layers: int) -> dict[str, Plan]:
         "exit_capped": Plan(
             depth=first_of(at_layers(first_of(confidence, Patience(patience=2)), layers=asked), ExitAt(layer=cap))
         ),
-        # The same exits, hiding the keys of layers that did not run instead of projecting them.
+        # The same questions with a threshold for each, 55 % of the layers: more tokens leave late, where it costs less.
+        "exit_budget": Plan(
+            depth=first_of(
+                Thresholds(policy=confidence, thresholds=tuple(solved.values()), layers=tuple(solved)),
+                ExitAt(layer=cap),
+            )
+        ),
+        # The exits of exit_confidence, hiding the keys of layers that did not run instead of projecting them.
         "exit_confidence_masked": Plan(depth=every(confidence, step=stride), fill="mask"),
         # CALM's softmax response.
         "exit_margin": Plan(depth=every(Confidence(threshold=0.8, measure="margin"), step=stride)),

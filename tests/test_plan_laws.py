@@ -6,6 +6,7 @@ float32 rounding, tokens and counts exactly. Thresholds are set where this rando
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from dyninf.depth import (
     RunAll,
     Saturation,
     SkipLayers,
+    Thresholds,
     TokenHalting,
     UnifiedSkip,
     every,
@@ -57,6 +59,9 @@ def at_work(name):
         "decay_linear": lambda depth: dataclasses.replace(depth, length=6.0),
         "exit_saturation": lambda depth: dataclasses.replace(depth, policy=Saturation(threshold=0.9)),
         "exit_mue": lambda depth: Saturation(threshold=0.9),
+        "exit_budget": lambda depth: FirstOf(
+            policies=(dataclasses.replace(depth.policies[0], thresholds=(0.9, 0.8)), depth.policies[1])
+        ),
         "halt_tokens": lambda depth: dataclasses.replace(depth, policy=TokenHalting(threshold=0.5)),
     }
     return dataclasses.replace(plan, depth=changed.get(name, lambda depth: depth)(plan.depth))
@@ -87,6 +92,8 @@ def everything(policy):
             return change(min_layers=L)
         case Confidence() | Saturation():
             return change(threshold=1.0)
+        case Thresholds():
+            return change(thresholds=(math.inf,) * len(policy.layers))
         case TokenHalting():
             return change(threshold=0.0)
         case Patience():

@@ -1,5 +1,6 @@
 """Depth policies: which layers a token runs."""
 
+from dyninf.depth.adapted import AdaptedExit as AdaptedExit
 from dyninf.depth.base import EXIT as EXIT
 from dyninf.depth.base import RUN as RUN
 from dyninf.depth.base import SKIP as SKIP
@@ -21,9 +22,13 @@ from dyninf.depth.exits import Saturation as Saturation
 from dyninf.depth.halting import TokenHalting as TokenHalting
 from dyninf.depth.influence import block_influence as block_influence
 from dyninf.depth.influence import least_influential as least_influential
+from dyninf.depth.jei import JointExit as JointExit
+from dyninf.depth.meta import MetaExit as MetaExit
 from dyninf.depth.mixture import MixtureOfDepths as MixtureOfDepths
 from dyninf.depth.recorded import Recorded as Recorded
 from dyninf.depth.shortcut import DepthShortcut as DepthShortcut
 from dyninf.depth.static import ExitAt as ExitAt
 from dyninf.depth.static import SkipLayers as SkipLayers
 from dyninf.depth.static import UnifiedSkip as UnifiedSkip
+from dyninf.depth.stopping import StopExit as StopExit
+from dyninf.depth.thresholds import Thresholds as Thresholds

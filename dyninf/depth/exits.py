@@ -61,11 +61,7 @@ class Saturation(DepthPolicy):
 
     def update(self, state: Any, obs: LayerObs) -> tuple[jax.Array, Any]:
         """Compare the states before and after the last layer."""
-        x, prev = obs.x_BTD.astype(jnp.float32), obs.prev_BTD.astype(jnp.float32)
-        norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(prev, axis=-1)
-        # Rounding can lift the cosine of equal vectors above 1, which no threshold may allow.
-        cosine_BT = jnp.minimum(jnp.sum(x * prev, axis=-1) / jnp.maximum(norms, 1e-30), 1.0)
-        return jnp.where(cosine_BT > self.threshold, EXIT, RUN), state
+        return jnp.where(cosine(obs.x_BTD, obs.prev_BTD) > self.threshold, EXIT, RUN), state
 
     def cosine_rule(self, num_layers: int) -> tuple[float | jax.Array, tuple[int, ...]]:
         """Return the threshold: the cosine is the whole rule."""
@@ -115,6 +111,14 @@ class Patience(DepthPolicy):
     def validate(self, num_layers: int) -> None:
         """Raise ValueError unless patience is a number of at least 1."""
         require_number("patience", self.patience, 1, float("inf"))
+
+
+def cosine(x_BTD: jax.Array, prev_BTD: jax.Array) -> jax.Array:
+    """Return the cosine of two states of each token, float32 ``[B, T]``."""
+    x, prev = x_BTD.astype(jnp.float32), prev_BTD.astype(jnp.float32)
+    norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(prev, axis=-1)
+    # Rounding can lift the cosine of equal vectors above 1, which no threshold may allow.
+    return jnp.minimum(jnp.sum(x * prev, axis=-1) / jnp.maximum(norms, 1e-30), 1.0)
 
 
 def confidence(readout: Readout, measure: str) -> jax.Array:
