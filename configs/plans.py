@@ -61,7 +61,7 @@ def plans(num_layers: int) -> dict[str, Plan]:
         # The same questions with a threshold for each, 55 % of the layers: more tokens leave late, where it costs less.
         "exit_budget": Plan(
             depth=first_of(
-                Thresholds(policy=confidence, thresholds=tuple(solved.values()), layers=tuple(solved)),
+                Thresholds(policy=Confidence(threshold=1.0), thresholds=tuple(solved.values()), layers=tuple(solved)),
                 ExitAt(layer=cap),
             )
         ),

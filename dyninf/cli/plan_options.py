@@ -101,6 +101,8 @@ def policies(policy: Any) -> list[Any]:
 def read_value(text: str, current: Any, path: str) -> Any:
     """Return ``text`` read as the kind of value that stands there now; ``None`` is taken for a list of layers.
 
+    Numbers of a tuple are read as its first one is.
+
     Raises:
         ValueError: if it cannot be read so.
     """
@@ -112,7 +114,8 @@ def read_value(text: str, current: Any, path: str) -> Any:
         if isinstance(current, float):
             return float(text)
         if current is None or isinstance(current, tuple):
-            return tuple(int(part) for part in text.split(",") if part.strip())
+            number = float if current and isinstance(current[0], float) else int
+            return tuple(number(part) for part in text.split(",") if part.strip())
     except (KeyError, ValueError):
         kind = {bool: "true or false", int: "a whole number", float: "a number"}.get(type(current), "numbers like 3,4")
         raise ValueError(f"expected {kind} for {path}, got {text!r}") from None

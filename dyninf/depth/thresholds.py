@@ -15,8 +15,8 @@ from dyninf.pytree import pytree
 class Thresholds(DepthPolicy):
     """Ask an exit rule at some layers only, at each with a threshold of its own.
 
-    The rule's own threshold is not used. Costs what the rule costs at these layers; new thresholds are no new
-    compilation. Exact where no threshold lets the rule exit: infinity, for rules that exit above their threshold.
+    The rule's own threshold is not used and has to be 1. Costs what the rule costs at these layers; new thresholds are
+    no new compilation. Exact where no threshold lets the rule exit: infinity, for rules that exit above theirs.
 
     Source: the confidence thresholds of MSDNet (Huang et al. 2018) and DeeR-VLA (Yue et al. 2024), solved by
     :mod:`dyninf.training.calibrate`; there a value equal to its threshold exits, here the rule decides.
@@ -55,6 +55,11 @@ class Thresholds(DepthPolicy):
         if not exits or not hasattr(self.policy, "threshold"):
             raise ValueError(f"expected an exit policy with a threshold, got {self.policy}; use Confidence, say")
         self.policy.validate(num_layers)
+        own = self.policy.threshold
+        if not isinstance(own, jax.core.Tracer) and float(own) != 1.0:
+            raise ValueError(
+                f"expected the rule's own threshold, which is not used, to be 1, got {own}; set thresholds"
+            )
         for layer in self.layers:
             require_integer("a layer with a threshold", layer, 0, num_layers - 1)
         if list(self.layers) != sorted(set(self.layers)):

@@ -24,6 +24,7 @@ from dyninf.configs.plans import plans
         ("skip_middle", "depth.layers=1", lambda plan: plan.depth.layers == (1,)),
         ("skip_middle", "depth.prompt=true", lambda plan: plan.depth.prompt is True),
         ("exit_half", "depth.layer=3", lambda plan: plan.depth.layer == 3),
+        ("exit_budget", "depth.thresholds=1,0.5,0", lambda plan: plan.depth.policies[0].thresholds == (1.0, 0.5, 0.0)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -99,6 +99,7 @@ def test_thresholds_are_leaves_and_layers_are_not():
         (thresholds([0.9], (2,), rule=ExitAt(layer=3)), "got ExitAt"),
         (thresholds([0.9], (2,), rule=0.5), "got 0.5"),
         (thresholds([0.9], (2,), rule=Confidence(threshold=2.0)), "between 0 and 1, got 2"),
+        (thresholds([0.9], (2,), rule=Confidence(threshold=0.8)), "not used, to be 1, got 0.8; set thresholds"),
     ],
     ids=str,
 )
