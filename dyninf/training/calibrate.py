@@ -52,7 +52,7 @@ class CalibratedExits:
         Layers above the peak are in no program of the plan, and exits that nothing takes are not asked.
 
         Args:
-            rule: the policy whose scores were calibrated; its own threshold is not used.
+            rule: the policy whose scores were calibrated, with a threshold of 1, which is not used.
         """
         taken = [(layer, value) for layer, value in zip(self.layers, self.thresholds, strict=True) if value < NEVER]
         if not taken:
