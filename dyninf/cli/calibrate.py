@@ -7,15 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.table import Table
 
 import dyninf
 from dyninf.cli.calibrated import RULES
-from dyninf.cli.common import Loaded, add_model_options, check_output, load, table_console
-from dyninf.cli.compare import CPU_TOKENS, DEVICE_TOKENS, add_data_options
-from dyninf.cli.heldout import Windows, read_documents, windows_of
+from dyninf.cli.common import add_model_options, check_output, load, table_console
+from dyninf.cli.compare import add_data_options, read_windows
+from dyninf.cli.heldout import Windows
 from dyninf.cli.quality import evaluate
 from dyninf.depth import DepthPolicy
 from dyninf.training.calibrate import check_exits, check_peak, layer_bytes_of
@@ -73,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     loaded = load(arguments)
     model, rule = loaded.model, RULES[arguments.rule]
     layers = _exits(arguments.exits, arguments.peak, len(model.layers))
-    windows = _read(loaded, arguments)
+    windows = read_windows(loaded, arguments, window=WINDOW)
     if len(windows.lengths) < 2:
         raise ValueError(f"expected at least two windows of text, got {len(windows.lengths)}; give more: --data")
     texts, held_out = _half(windows, 0), _half(windows, 1)
@@ -102,16 +101,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-def _read(loaded: Loaded, arguments: argparse.Namespace) -> Windows:
-    default = CPU_TOKENS if jax.default_backend() == "cpu" else DEVICE_TOKENS
-    tokens = default if arguments.tokens is None else arguments.tokens
-    if tokens < 0:
-        raise ValueError(f"expected --tokens of at least 1, or 0 for all, got {tokens}")
-    suffixes = tuple(suffix for suffix in arguments.suffixes.split(",") if suffix)
-    documents = read_documents(loaded, arguments.data, suffixes)
-    return windows_of(loaded, documents, length=WINDOW, max_tokens=tokens or None)
 
 
 def _calibrate(model: Any, texts: Windows, rule: DepthPolicy, layers: tuple[int, ...], arguments: Any) -> Any:

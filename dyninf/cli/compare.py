@@ -105,8 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def read_windows(loaded: Loaded, arguments: argparse.Namespace, *, quick: bool = False) -> Windows:
-    """Return the held-out text that the options name, as windows."""
+def read_windows(
+    loaded: Loaded, arguments: argparse.Namespace, *, quick: bool = False, window: int = MAX_WINDOW
+) -> Windows:
+    """Return the held-out text that the options name, as windows of at most ``window`` tokens."""
     tokens = arguments.tokens
     if tokens is None:
         tokens = CPU_TOKENS if jax.default_backend() == "cpu" else DEVICE_TOKENS
@@ -115,7 +117,7 @@ def read_windows(loaded: Loaded, arguments: argparse.Namespace, *, quick: bool =
         raise ValueError(f"expected --tokens of at least 1, or 0 for all, got {tokens}")
     suffixes = tuple(suffix for suffix in arguments.suffixes.split(",") if suffix)
     documents = read_documents(loaded, arguments.data, suffixes)
-    length = QUICK_WINDOW if quick else MAX_WINDOW
+    length = QUICK_WINDOW if quick else window
     if tokens:
         check_positive(tokens=tokens)
         length = min(length, max(tokens, 2))

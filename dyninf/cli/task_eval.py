@@ -9,7 +9,6 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from dyninf.cli.task_plots import draw_plots, require_matplotlib
 from dyninf.tasks import TASKS, TOKEN_TASKS, Sample, Vocabulary, draw, evaluate_task, load_or_make, make_samples
 from dyninf.tasks import to_samples as rows_to_samples
 from dyninf.timing import device_name
+from dyninf.training.run_files import write
 
 VERSION = 1  # of the rows; raise it when what they mean changes
 KEY = ("model", "weights", "dtype", "plan", "task", "length", "samples", "seed", "query", "device")
@@ -144,9 +144,7 @@ def read_rows(file: Path) -> dict[tuple, dict[str, Any]]:
     text = file.read_text(encoding="utf-8")
     whole, newline, rest = text.rpartition("\n")
     if rest:
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(whole + newline, encoding="utf-8")
-        os.replace(partial, file)
+        write(file, whole + newline)
     rows = {}
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
@@ -266,10 +264,6 @@ def _print(loaded: Loaded, rows: list[dict[str, Any]]) -> None:
                 *(f"{100 * score:.1f} %" for score in (*scores, float(np.mean(scores)))),
                 f"{mine[0]['layers_run']:.1f} of {mine[0]['num_layers']}",
                 f"{mine[0]['kv_read']:.0f}",
-                f"{1000 * _mean(row['seconds_per_token'] for row in mine):.2f}",
+                f"{1000 * np.mean([row['seconds_per_token'] for row in mine]):.2f}",
             )
         table_console().print(table)
-
-
-def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))

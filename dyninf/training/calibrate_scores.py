@@ -17,6 +17,7 @@ from dyninf.depth.exits import Confidence, Saturation, confidence, cosine
 from dyninf.forward import layer_states
 from dyninf.model import CausalLM, readout_of
 from dyninf.plan import Plan, check
+from dyninf.training.states import exit_predictions, in_chunks
 
 ROWS = 8  # texts read at once
 CHUNK = 1024  # tokens whose logits are held at once
@@ -28,7 +29,7 @@ def collect_scores(
     """Return what an exit rule measures after each number of layers, float32 ``[samples, exits]``.
 
     Costs the dense model, and for :class:`Confidence` a pass over the vocabulary an exit. Only ``chunk`` tokens' logits
-    of one exit exist at a time.
+    exist at a time.
 
     Args:
         tokens: ``int [B, T]``, right-padded.
@@ -82,26 +83,13 @@ def _collect(model: CausalLM, tokens: Any, lengths: Any, layers: Sequence[int], 
 def _scores(model, tokens_BT, lengths_B, *, rule, layers, chunk):
     states_LBTD, readout = layer_states(model, tokens_BT, lengths_B), readout_of(model)
     if isinstance(rule, Confidence):
-        return _in_chunks(lambda x_BTD: confidence(readout(x_BTD), rule.measure), states_LBTD, layers, chunk)
+        exits_EBTD = states_LBTD[jnp.asarray(layers)]
+        return in_chunks(lambda x_BTD: confidence(readout(x_BTD), rule.measure), exits_EBTD, chunk)
     return jnp.stack([cosine(states_LBTD[layer], states_LBTD[layer - 1]) for layer in layers])
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "chunk"))
 def _agreement(model, tokens_BT, lengths_B, *, layers, chunk):
-    readout, exits = readout_of(model), (*layers, len(model.layers))
-    states_LBTD = layer_states(model, tokens_BT, lengths_B)
-    tokens_EBT = _in_chunks(lambda x_BTD: readout(x_BTD).token, states_LBTD, exits, chunk)
+    exits_EBTD = layer_states(model, tokens_BT, lengths_B)[jnp.asarray((*layers, len(model.layers)))]
+    tokens_EBT = exit_predictions(model, exits_EBTD, chunk=chunk)
     return (tokens_EBT[:-1] == tokens_EBT[-1:]) & (tokens_EBT[:-1] >= 0)
-
-
-def _in_chunks(read: Callable, states_LBTD: jax.Array, exits: tuple[int, ...], chunk: int) -> jax.Array:
-    """Return ``read`` of the states after each number of layers ``[E, B, T]``, ``chunk`` tokens at a time."""
-    _, batch, length, d_model = states_LBTD.shape
-    states_EPD = states_LBTD[jnp.asarray(exits)].reshape(len(exits), batch * length, d_model)
-    chunk = min(chunk, batch * length)
-    num_chunks = -(-batch * length // chunk)
-    # Padded with copies of the last token, whose readings are dropped.
-    states_EPD = jnp.pad(states_EPD, ((0, 0), (0, num_chunks * chunk - batch * length), (0, 0)), mode="edge")
-    states_CPD = states_EPD.reshape(len(exits) * num_chunks, chunk, d_model)
-    values_CP = jax.lax.map(lambda x_PD: read(x_PD[None])[0], states_CPD)
-    return values_CP.reshape(len(exits), num_chunks * chunk)[:, : batch * length].reshape(-1, batch, length)

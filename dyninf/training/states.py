@@ -5,7 +5,7 @@ is what a policy sees before layer n and what :class:`dyninf.depth.ExitAt` reads
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -95,13 +95,19 @@ def exit_predictions(model: CausalLM, states_KBTD: jax.Array, *, chunk: int = CH
     Args:
         chunk: states whose logits are held at once.
     """
+    read = readout_of(model)
+    return in_chunks(lambda x_BTD: read(x_BTD).token, states_KBTD, chunk)
+
+
+def in_chunks(read: Callable[[jax.Array], jax.Array], states_KBTD: jax.Array, chunk: int) -> jax.Array:
+    """Return ``read`` of all states, ``[K, B, T]``, handed ``[1, chunk, D]`` at a time; a chunk may span exits."""
     *shape, d_model = states_KBTD.shape
-    read, count = readout_of(model), int(np.prod(shape))
+    count = int(np.prod(shape))
     chunk = min(chunk, count)
     num_chunks = -(-count // chunk)
     flat_ND = jnp.pad(states_KBTD.reshape(count, d_model), ((0, num_chunks * chunk - count), (0, 0)))
-    tokens_IC = jax.lax.map(lambda x_CD: read(x_CD[None]).token[0], flat_ND.reshape(num_chunks, chunk, d_model))
-    return tokens_IC.reshape(-1)[:count].reshape(shape)
+    values_IC = jax.lax.map(lambda x_CD: read(x_CD[None])[0], flat_ND.reshape(num_chunks, chunk, d_model))
+    return values_IC.reshape(-1)[:count].reshape(shape)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:

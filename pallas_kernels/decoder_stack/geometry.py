@@ -11,7 +11,6 @@ UNIT = 128
 PHASES = 5  # per layer: qkv, attention, output projection, gate and up, down
 MAX_ROWS = 64
 MAX_SPLITS = 16
-SHARED_BYTES = 220 * 1024  # of the 227 KiB that a block can have, less barriers and reduction scratch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,12 @@
 import os
 import random
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dyninf.models import ModelConfig
+from dyninf.models.parameters import abstract_model, named_parameters, with_parameters
 from dyninf.training.loop import prepare
 from dyninf.training.recipe import Recipe
 
@@ -26,6 +29,21 @@ def config():
         max_length=32,
         tie_embeddings=True,
     )
+
+
+@pytest.fixture(scope="session")
+def lively():
+    """Make a model in which every array matters: at the usual initial weights biases are zero and updates tiny."""
+
+    def make(config):
+        model, rng = abstract_model(config), np.random.default_rng(1)
+        arrays = {
+            name: jnp.asarray(rng.normal(size=a.shape) * (0.3 if a.ndim > 1 else 0.1) + (a.ndim == 1), jnp.float32)
+            for name, a in named_parameters(model).items()
+        }
+        return with_parameters(model, arrays)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 
 from dyninf.depth import AdaptedExit
 from dyninf.models import ModelConfig
-from dyninf.models.parameters import abstract_model, named_parameters, with_parameters
+from dyninf.models.parameters import named_parameters
 from dyninf.training.frozen import head_loss, merge, only, select
 from dyninf.training.soft import soft_loss
 from dyninf.training.states import exit_states
@@ -26,13 +26,8 @@ QUICK = {"xla_backend_optimization_level": 0}  # compiling takes nearly all the 
 
 
 @pytest.fixture(scope="module")
-def model():
-    model, rng = abstract_model(CONFIG), np.random.default_rng(1)
-    arrays = {
-        name: jnp.asarray(rng.normal(size=a.shape) * (0.3 if a.ndim > 1 else 0.1) + (a.ndim == 1), jnp.float32)
-        for name, a in named_parameters(model).items()
-    }
-    return with_parameters(model, arrays)
+def model(lively):
+    return lively(CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ import pytest
 from dyninf.depth import JointExit
 from dyninf.depth.jei import uncertainty_features
 from dyninf.models import ModelConfig
-from dyninf.models.parameters import abstract_model, named_parameters, with_parameters
 from dyninf.training import jei
 from dyninf.training.frozen import merge, select
 from dyninf.training.states import exit_states
@@ -95,13 +94,8 @@ def test_a_gate_that_should_never_open_is_closed():
 
 
 @pytest.fixture(scope="module")
-def model():
-    model, rng = abstract_model(CONFIG), np.random.default_rng(1)
-    arrays = {
-        name: jnp.asarray(rng.normal(size=a.shape) * (0.3 if a.ndim > 1 else 0.1) + (a.ndim == 1), jnp.float32)
-        for name, a in named_parameters(model).items()
-    }
-    return with_parameters(model, arrays)
+def model(lively):
+    return lively(CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import pytest
 
 from dyninf.depth import AdaptedExit, MetaExit
 from dyninf.models import ModelConfig
-from dyninf.models.parameters import abstract_model, named_parameters, with_parameters
 from dyninf.training.meta_classifier import balanced_bce, consistency_labels, geometric_loss, meta_loss
 from dyninf.training.states import exit_states
 
@@ -62,13 +61,8 @@ def test_an_exit_whose_labels_are_alike_teaches_nothing():
 
 
 @pytest.fixture(scope="module")
-def model():
-    model, rng = abstract_model(CONFIG), np.random.default_rng(1)
-    arrays = {
-        name: jnp.asarray(rng.normal(size=a.shape) * (0.3 if a.ndim > 1 else 0.1) + (a.ndim == 1), jnp.float32)
-        for name, a in named_parameters(model).items()
-    }
-    return with_parameters(model, arrays)
+def model(lively):
+    return lively(CONFIG)
 
 
 @pytest.fixture(scope="module")

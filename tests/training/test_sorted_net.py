@@ -9,7 +9,7 @@ import pytest
 
 import dyninf
 from dyninf.models import ModelConfig, stack_layers
-from dyninf.models.parameters import abstract_model, named_parameters, with_parameters
+from dyninf.models.parameters import named_parameters
 from dyninf.training.sorted_net import draw, extract, masked_state, sorted_loss, sub_config, sub_networks
 
 CONFIG = ModelConfig(
@@ -30,14 +30,8 @@ QUICK = {"xla_backend_optimization_level": 0}  # compiling takes nearly all the 
 
 
 @pytest.fixture(scope="module")
-def model():
-    """A model in which every array matters: at the usual initial weights biases are zero and updates tiny."""
-    model, rng = abstract_model(CONFIG), np.random.default_rng(1)
-    arrays = {
-        name: jnp.asarray(rng.normal(size=a.shape) * (0.3 if a.ndim > 1 else 0.1) + (a.ndim == 1), jnp.float32)
-        for name, a in named_parameters(model).items()
-    }
-    return with_parameters(model, arrays)
+def model(lively):
+    return lively(CONFIG)
 
 
 @pytest.fixture(scope="module")

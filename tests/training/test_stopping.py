@@ -14,7 +14,6 @@ import pytest
 
 from dyninf.depth import StopExit
 from dyninf.models import ModelConfig
-from dyninf.models.parameters import abstract_model, named_parameters, with_parameters
 from dyninf.training.states import exit_states
 from dyninf.training.stopping import evaluate_stops, judge_stops, stop_labels, stop_loss, three_way_loss
 
@@ -93,13 +92,8 @@ def test_the_report_is_that_of_lists():
 
 
 @pytest.fixture(scope="module")
-def model():
-    model, rng = abstract_model(CONFIG), np.random.default_rng(1)
-    arrays = {
-        name: jnp.asarray(rng.normal(size=a.shape) * (0.3 if a.ndim > 1 else 0.1) + (a.ndim == 1), jnp.float32)
-        for name, a in named_parameters(model).items()
-    }
-    return with_parameters(model, arrays)
+def model(lively):
+    return lively(CONFIG)
 
 
 @pytest.fixture(scope="module")
