@@ -94,8 +94,8 @@ class Geometry:
 
     @property
     def together(self) -> int:
-        """Other blocks' parts of a tile that are asked for at once; more would not fit in registers."""
-        return {8: 6, 16: 3, 32: 2, 64: 1}[self.rows]
+        """Other blocks' parts of a tile that are asked for at once; more take registers, and time."""
+        return {8: 4, 16: 3, 32: 2, 64: 1}[self.rows]
 
     @property
     def splits_together(self) -> int:

@@ -31,6 +31,7 @@ OUTPUTS = (
     "stream",
     "layer_input",
     "norm_input",
+    "heads",
     "attended",
     "hidden",
     "fill_input",
@@ -119,7 +120,6 @@ def decode_layers(
         "first_sums": jnp.zeros((g.padded_tiles, g.rows), jnp.float32).at[0].set(squares),
         "k_cache": jax.new_ref(k_LBSKH),
         "v_cache": jax.new_ref(v_LBSKH),
-        "heads": jax.new_ref(jnp.zeros((2, batch * kv_heads, g.head_rows, head_dim), x.dtype)),
     }
     kernel = build(
         g,
@@ -151,6 +151,7 @@ def build(g: Geometry, *, eps: float, rule: bool, fill: bool, window: int | None
         "stream": shape((g.d_model, g.rows), f32),
         "layer_input": shape((g.d_model, g.rows), f32),
         "norm_input": shape((g.rows, g.d_model), dtype),
+        "heads": shape((2, g.batch * g.kv_heads, g.head_rows, g.head_dim), dtype),  # queries and new key; new value
         "attended": shape((g.rows, queries), dtype),
         "hidden": shape((g.rows, g.d_ff), dtype),
         "fill_input": shape((g.layers if fill else 1, g.rows, g.d_model), dtype),
@@ -216,7 +217,6 @@ INPUTS = (
     "first_sums",  # float32 [padded tiles, rows]: squares of x
     "k_cache",
     "v_cache",  # [L, B, S, K, H], changed in place
-    "heads",  # [2, BK, head rows, H], zeros, changed in place: queries and new key; new value
 )
 
 
@@ -346,7 +346,7 @@ def _stream(g, r, static, grid, block):
         early = jnp.minimum(stop, first + g.stages)
         return units("qkv", entry, first, early, count), early
 
-    count, ran = _layers(r, static, jnp.int32(0), rest, before_decision, lambda: grid.product("qkv")[0])
+    count, ran, _ = _layers(r, static, jnp.int32(0), rest, before_decision, lambda: grid.product("qkv")[0])
     if static.fill:
 
         def unit(u, count):
@@ -383,12 +383,22 @@ def _feed(g, r, static, grid, block):
 
         return lax.fori_loop(first, stop, unit, count)
 
-    def layer(entry, count, _):
-        grid.wait(PHASES * entry)
-        share = grid.product("qkv")
-        count = lax.cond(
+    def qkv(entry, first, stop, count):
+        share = (first, stop, g.products["qkv"][1])
+        return lax.cond(
             entry == 0, lambda c: units(r.first_input, *share, c), lambda c: units(r.norm_input, *share, c), count
         )
+
+    def before_decision(entry, count):
+        grid.wait(PHASES * entry)
+        first, stop, _ = grid.product("qkv")
+        early = jnp.minimum(stop, first + g.feeds)
+        return qkv(entry, first, early, count), early
+
+    def layer(entry, count, qkv_from):
+        if not static.rule:
+            grid.wait(PHASES * entry)
+        count = qkv(entry, qkv_from, grid.product("qkv")[1], count)
         grid.wait(PHASES * entry + 1)
 
         def turn(turn, _):
@@ -408,9 +418,9 @@ def _feed(g, r, static, grid, block):
             count = units(source, *grid.product(name), count)
         return count
 
-    count, ran = _layers(r, static, jnp.int32(0), layer)
+    count, ran, going = _layers(r, static, jnp.int32(0), layer, before_decision, lambda: grid.product("qkv")[0])
     if static.fill:
-        grid.wait(PHASES * ran)  # the states
+        pl.when(going > 0)(lambda: grid.wait(PHASES * ran))  # the states; a rule that ended the layers has waited
         grid.wait(PHASES * ran + 1)  # their normalised forms
         first, stop = grid.share(fill_units(g, r, ran))
         entry_of = lambda tile: ran + fill_tile(g, tile)[0]  # noqa: E731
@@ -419,25 +429,26 @@ def _feed(g, r, static, grid, block):
         plgpu.barrier_wait(r.feed_free.at[lax.rem(count + i, g.feeds)])
     plgpu.barrier_wait(r.head_free)
     if g.blocks == 1 and not static.fill:
-        plgpu.barrier_wait(r.phase)
+        pl.when(going > 0)(lambda: plgpu.barrier_wait(r.phase))
 
 
-def _layers(r, static, count, layer, before_decision=None, first=None):
-    """Run ``layer`` for every entry of the order until the rule ends it; return the count and the entries that ran."""
+def _layers(r, static, count, layer, before_decision, first):
+    """Run ``layer`` for every entry of the order until the rule ends it.
+
+    Returns the count, the entries that ran, and 0 if the rule ended them.
+    """
     total = r.count[0]
     if not static.rule:
-        return lax.fori_loop(0, total, lambda entry, count: layer(entry, count, first and first()), count), total
+        return lax.fori_loop(0, total, lambda entry, count: layer(entry, count, first()), count), total, jnp.int32(1)
 
     def body(state):
         entry, count, _ = state
-        begun = None
-        if before_decision is not None:
-            count, begun = before_decision(entry, count)
+        count, begun = before_decision(entry, count)
         plgpu.barrier_wait(r.decided)
         go = r.go[0]
         count = lax.cond(go > 0, lambda count: layer(entry, count, begun), lambda count: count, count)
         return entry + go, count, go
 
     going = lambda state: (state[0] < total) & (state[2] > 0)  # noqa: E731
-    entry, count, _ = lax.while_loop(going, body, (jnp.int32(0), count, jnp.int32(1)))
-    return count, entry
+    entry, count, go = lax.while_loop(going, body, (jnp.int32(0), count, jnp.int32(1)))
+    return count, entry, go

@@ -110,17 +110,23 @@ class Worker(Attention):
         return entry + go, counts, exited, ended, go
 
     def drain(self, counts):
-        """Take the weights that were read for a layer that does not run."""
+        """Take the weights and states that were read for a layer that does not run."""
         g, r = self.g, self.r
         first, stop, _ = self.grid.product("qkv")
 
-        def take(_, count):
-            slot = lax.rem(count, g.stages)
-            plgpu.barrier_wait(r.ring_full.at[slot])
-            plgpu.barrier_arrive(r.ring_free.at[slot])
-            return count + 1
+        def take(full, free, slots, count):
+            def one(_, count):
+                slot = lax.rem(count, slots)
+                plgpu.barrier_wait(full.at[slot])
+                plgpu.barrier_arrive(free.at[slot])
+                return count + 1
 
-        return lax.fori_loop(0, jnp.minimum(stop - first, g.stages), take, counts[0]), counts[1]
+            return lax.fori_loop(0, jnp.minimum(stop - first, slots), one, count)
+
+        return (
+            take(r.ring_full, r.ring_free, g.stages, counts[0]),
+            take(r.feed_full, r.feed_free, g.feeds, counts[1]),
+        )
 
     def layer(self, entry, counts, exited):
         layer = self.r.order[entry]
