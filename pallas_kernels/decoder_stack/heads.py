@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decoder_stack.exchange import put, take, warm
 from pallas_kernels.decoder_stack.geometry import PHASES, UNIT
-from pallas_kernels.decoder_stack.tiles import DTYPE, F32, ROWS, TILE
+from pallas_kernels.decoder_stack.tiles import DTYPE, F32, ROWS, TILE, keep_if
 
 EMPTY = -1e30  # score of a slot that must not be read: exp2 of its distance to any score is 0
 LOG2E = math.log2(math.e)
@@ -178,8 +178,7 @@ class Attention:
         found = take([self.r.split.at[at.item + jnp.minimum(other, at.splits - 1)] for other in others])
         splits = [state]
         for other, (low, high, top, mass) in zip(others, found, strict=True):
-            real = plgpu.layout_cast(jnp.full((64, g.head_rows), (other < at.splits).astype(F32)), TILE) > 0
-            splits.append((low, high, jnp.where(real, top, EMPTY), mass))
+            splits.append((low, high, keep_if(other < at.splits, top, EMPTY), mass))
         top = functools.reduce(jnp.maximum, [split[2] for split in splits])
         shares = [jnp.exp2(split[2] - top) for split in splits]
         add = lambda i: functools.reduce(  # noqa: E731

@@ -295,11 +295,10 @@ def _stream(g, r, static, grid, block):
     def put(count, halves):
         slot = lax.rem(count, g.stages)
         plgpu.barrier_wait(r.ring_free.at[slot])
-        if g.in_flight < g.stages:
 
-            @pl.when(count >= g.in_flight)
-            def _():
-                plgpu.barrier_wait(r.ring_full.at[lax.rem(count - g.in_flight, g.stages)])
+        @pl.when(count >= g.in_flight)
+        def _():
+            plgpu.barrier_wait(r.ring_full.at[lax.rem(count - g.in_flight, g.stages)])
 
         for i, half in enumerate(halves):
             plgpu.copy_gmem_to_smem(half, r.ring.at[slot, i], r.ring_full.at[slot])
@@ -360,7 +359,7 @@ def _stream(g, r, static, grid, block):
         count = lax.fori_loop(first, stop, unit, count)
     for i in range(g.stages):
         plgpu.barrier_wait(r.ring_free.at[lax.rem(count + i, g.stages)])
-    for i in range(g.in_flight if g.in_flight < g.stages else 0):
+    for i in range(g.in_flight):
         number = count - g.in_flight + i
 
         @pl.when(number >= 0)

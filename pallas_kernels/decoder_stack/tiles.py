@@ -32,3 +32,8 @@ def fill_tile(g, tile):
 def load(ref, index=(), layout=TILE):
     """Load from global memory in an accumulator's layout."""
     return plgpu.load(ref.at[index] if index else ref, layout=layout, optimized=False)
+
+
+def keep_if(flag, tile, otherwise):
+    """Return a tile if a scalar is true, else ``otherwise`` throughout, whatever the tile holds."""
+    return jnp.where(plgpu.layout_cast(jnp.full(tile.shape, flag.astype(F32)), TILE) > 0, tile, otherwise)

@@ -19,10 +19,10 @@ from pallas_kernels.decoder_stack.tiles import (
     INPUT,
     MIDDLE,
     ROWS,
-    TILE,
     divide,
     fill_tile,
     fill_units,
+    keep_if,
     load,
 )
 
@@ -195,8 +195,7 @@ class Worker(Attention):
             others = [owner + 1 + turn * g.together + offset for offset in range(g.together)]
             parts = take([self.r.partial.at[jnp.minimum(other, last)] for other in others])
             for other, part in zip(others, parts, strict=True):
-                counts = plgpu.layout_cast(jnp.full((64, g.rows), (other <= last).astype(F32)), TILE) > 0
-                sums = tuple(s + jnp.where(counts, p, 0.0) for s, p in zip(sums, part, strict=True))
+                sums = tuple(s + keep_if(other <= last, p, 0.0) for s, p in zip(sums, part, strict=True))
             return sums
 
         return lax.fori_loop(0, lax.div(last - owner + g.together - 1, g.together), add, (low, high))
@@ -249,7 +248,8 @@ class Worker(Attention):
         """Return what finishing a tile will read, tiles ``[64, rows]``."""
         g, r = self.g, self.r
         if name in ("out", "down"):
-            return [r.stream.at[pl.ds(at[1] * 128 + i * 64, 64)] for i in (0, 1)]
+            states = [r.stream, r.layer_input] if self.static.rule and name == "down" else [r.stream]
+            return [state.at[pl.ds(at[1] * 128 + i * 64, 64)] for state in states for i in (0, 1)]
         sums = r.sums.at[INPUT if name in ("qkv", "fill") else MIDDLE]
         angles = [r.cos, r.sin] if name in ("qkv", "fill") else []
         return [*angles, *(sums.at[pl.ds(part * 64, 64)] for part in range(g.padded_tiles // 64))]
