@@ -1,13 +1,15 @@
-"""Render the committed result rows into README.md and the model card, and draw the picture of the README.
+"""Render the committed result rows into README.md and the model card, and draw their pictures.
 
 Run ``python bench/report.py`` from anywhere; it rewrites what stands between ``<!-- bench:NAME -->`` and
-``<!-- /bench -->`` and draws ``bench/results/exits.png``. ``--check`` changes nothing and fails if a table is stale.
+``<!-- /bench -->`` and draws ``exits.png`` and ``recipes.png`` in ``bench/results``. ``--check`` changes nothing and
+fails if a table is stale.
 """
 
 import argparse
 import json
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +23,7 @@ H200_COPY_GB_S = 4140.0
 
 def decode_table() -> str:
     """Return decode speed at the Llama-3-8B shape, dense and under static plans."""
-    rows = [json.loads(line) for line in (RESULTS / "decode_h200.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = _rows("decode_h200")
     lines = []
     for row in rows:
         share = row["achieved_gb_s"] / H200_COPY_GB_S
@@ -57,7 +59,7 @@ PROGRAMS = {
 
 def depth_table() -> str:
     """Return what dynamic depth costs and saves, beside the programs one would write first."""
-    rows = [json.loads(line) for line in (RESULTS / "depth_h200.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = _rows("depth_h200")
     kinds = list(PROGRAMS)
     lines = []
     for row in sorted(rows, key=lambda row: (row["batch"], kinds.index(_kind(row["program"])))):
@@ -120,13 +122,96 @@ def exits_table() -> str:
     return _table(head, lines) + note
 
 
+RECIPES = {
+    "layerskip": "LayerSkip",
+    "soft": "SoFT",
+    "plain": "last layer only",
+    "frozen": "frozen backbone, adapters and gates",
+    "jei": "frozen backbone, JEI-DNN's gates",
+}
+
+
+def recipes_table() -> str:
+    """Return what each training recipe leaves at its exits, for equal tokens."""
+    rows = _rows("recipes_h200")
+    num_layers = rows[0]["shapes"]["num_layers"]
+    depths, shares = [num_layers * part // 4 for part in (1, 2, 3, 4)], (50, 75)
+    lines = []
+    for row in rows:
+        found = [interpolate(row["curve"], num_layers * share / 100) for share in shares]
+        lines.append(
+            [
+                RECIPES[row["variant"]],
+                f"{row['parameters'] / 1e6:.2f}",
+                *(f"{100 * row['exits'][depth - 1]:.1f} %" for depth in depths),
+                *("" if right is None else f"{100 * right:.1f} %" for right in found),
+            ]
+        )
+    about = rows[0]
+    head = ["recipe", "million parameters", *(f"right at layer {depth}" for depth in depths)]
+    head += [f"leaving by the rule, {share} % of the layers" for share in shares]
+    note = (
+        f"\n{about['training_tokens'] / 1e6:.1f} million training tokens each, {about['heldout_tokens']} held-out; "
+        f"{about['device']}, jax {about['jax']}, commit {about['commit']}.\n"
+    )
+    return _table(head, lines) + note
+
+
+def interpolate(curve: list[dict[str, float]], layers: float) -> float | None:
+    """Return a curve's accuracy at a mean number of layers, between its points; ``None`` outside of them."""
+    points = sorted((point["layers"], point["accuracy"]) for point in curve)
+    for (left, low), (right, high) in pairwise(points):
+        if left <= layers <= right:
+            return low if left == right else low + (high - low) * (layers - left) / (right - left)
+    return None
+
+
+def stops_table() -> str:
+    """Return how well stops find the tokens that no layer gets right, and what they save."""
+    rows = [row for row in _rows("stops_cpu") if row["exit_threshold"] == 1.0]
+    names = ("hopeless_precision", "hopeless_recall", "tokens_saved", "useful", "useful_lost")
+    lines = [
+        [
+            "never" if row["stop_threshold"] == 1.0 else f"{row['stop_threshold']:g}",
+            *(f"{100 * row[name]:.1f} %" for name in names),
+            f"{row['rouge_l']:.3f}",
+        ]
+        for row in rows
+    ]
+    about = rows[0]
+    head = ["stop above", "precision", "recall", "tokens saved", "useful", "useful tokens lost", "ROUGE-L"]
+    note = (
+        f"\nRight at no layer: {100 * about['hopeless']:.1f} % of {about['heldout_tokens']} held-out tokens; "
+        f"{about['completions']} completions; {about['device']}, jax {about['jax']}, commit {about['commit']}.\n"
+    )
+    return _table(head, lines) + note
+
+
+def draw_recipes(path: Path) -> None:
+    """Draw accuracy against layers for every recipe: all tokens leave at one layer, or each by the rule."""
+    pyplot, rows = _pyplot(), _rows("recipes_h200")
+    figure, (fixed, dynamic) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for row in rows:
+        label, share = RECIPES[row["variant"]], 100 / row["shapes"]["num_layers"]
+        shares = [share * depth for depth in range(1, len(row["exits"]) + 1)]
+        fixed.plot(shares, [100 * right for right in row["exits"]], "o-", markersize=3, label=label)
+        curve = sorted(row["curve"], key=lambda point: point["layers"])
+        points = [(share * point["layers"], 100 * point["accuracy"]) for point in curve]
+        dynamic.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
+    tokens = rows[0]["training_tokens"] / 1e6
+    for axes, title in ((fixed, "every token leaves at one layer"), (dynamic, "each token leaves by the rule")):
+        axes.set_xlabel("layers needed, % of the model")
+        axes.set_title(f"{title}, {tokens:.0f} million training tokens", fontsize=9)
+        axes.grid(alpha=0.3)
+    fixed.set_ylabel("next tokens right, %")
+    fixed.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def draw(path: Path) -> None:
     """Draw accuracy against layers needed: every exit layer as a fixed depth, and the exit plans."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     exits = json.loads((RESULTS / "eval_cpu.json").read_text(encoding="utf-8"))["exits"]
     about = json.loads((RESULTS / "compare_cpu.json").read_text(encoding="utf-8"))
     num_layers, full = about["num_layers"], exits[-1]["right"]
@@ -158,6 +243,8 @@ TABLES = {
     "compare_cpu": lambda: compare_table("compare_cpu"),
     "compare_h200": lambda: compare_table("compare_h200"),
     "exits": exits_table,
+    "recipes": recipes_table,
+    "stops": stops_table,
 }
 
 
@@ -184,8 +271,22 @@ def main() -> int:
             print(f"stale tables in {', '.join(stale)}; run python bench/report.py")
         return 1 if stale else 0
     draw(RESULTS / "exits.png")
-    print(f"rewrote {', '.join(stale) or 'no page'}; drew exits.png")
+    draw_recipes(RESULTS / "recipes.png")
+    print(f"rewrote {', '.join(stale) or 'no page'}; drew exits.png and recipes.png")
     return 0
+
+
+def _rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -19,6 +19,7 @@ from dyninf.depth import (
     every,
     first_of,
 )
+from dyninf.kv import H2O, TOVA, KeyNorm, Recency, SnapKV, TopK
 from dyninf.plan import Plan
 
 
@@ -89,4 +90,12 @@ def plans(num_layers: int) -> dict[str, Plan]:
         ),
         # Sure at once, or unchanged for three decisions.
         "exit_first_of": Plan(depth=every(first_of(confidence, Patience(patience=3)), step=stride)),
+        # Evicting plans keep 512 tokens, a quarter of the shipped model's context. StreamingLLM: four sinks.
+        "evict_recent": Plan(evict=TopK(scorer=Recency(), budget=512)),
+        "evict_key_norm": Plan(evict=TopK(scorer=KeyNorm(), budget=512)),
+        # The window and the kernel of the paper's code, which forces no sinks.
+        "evict_snap_kv": Plan(evict=TopK(scorer=SnapKV(), budget=512, sinks=0, recent=32)),
+        "evict_tova": Plan(evict=TopK(scorer=TOVA(), budget=512, sinks=0)),
+        # Half of the budget for the newest tokens, as in the paper.
+        "evict_h2o": Plan(evict=TopK(scorer=H2O(), budget=512, sinks=0, recent=256)),
     }

@@ -11,31 +11,40 @@ import jax
 import jax.numpy as jnp
 
 from dyninf.cache import LayerCache, write, write_prompt
+from dyninf.kv.base import KeepAll, PromptKV
+from dyninf.kv.top_k import TopK
 from dyninf.model import Attend
 from pallas_kernels import decode_attention, prefill_attention
 
 LayerAttend = Callable[[LayerCache | None, jax.Array], Attend]
 
 
-def attend_prompt(lengths_B: jax.Array) -> LayerAttend:
-    """Attend among the T tokens of a prompt and store their keys and values in an empty cache."""
+def attend_prompt(lengths_B: jax.Array, evict: TopK | KeepAll) -> LayerAttend:
+    """Attend among the T tokens of a prompt and store their keys and values, or what is kept, in an empty cache."""
 
     def for_layer(cache: LayerCache | None, active_BT: jax.Array) -> Attend:
         def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
             o_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, window=window)
-            return o_BTNH, write_prompt(cache, k_BTKH, v_BTKH, active_BT)
+            if isinstance(evict, KeepAll):
+                return o_BTNH, write_prompt(cache, k_BTKH, v_BTKH, active_BT)
+            _refuse_window(window)
+            obs = PromptKV(q_BTNH=q_BTNH, k_BTKH=k_BTKH, v_BTKH=v_BTKH, lengths_B=lengths_B)
+            return o_BTNH, evict.compress(cache, obs, active_BT)
 
         return attend
 
     return for_layer
 
 
-def attend_cached(positions_BT: jax.Array, live_BT: jax.Array, *, write_inactive: bool) -> LayerAttend:
+def attend_cached(
+    positions_BT: jax.Array, live_BT: jax.Array, evict: TopK | KeepAll, *, write_inactive: bool
+) -> LayerAttend:
     """Attend from new tokens over the cache, to which their keys and values are added.
 
     Args:
         positions_BT: position of each new token.
         live_BT: tokens that exist; others write nothing and their output is meaningless.
+        evict: what the cache keeps.
         write_inactive: whether tokens that do not run this layer still write their keys and values.
     """
 
@@ -43,9 +52,16 @@ def attend_cached(positions_BT: jax.Array, live_BT: jax.Array, *, write_inactive
         written_BT = live_BT if write_inactive else live_BT & active_BT
 
         def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
-            updated = write(cache, k_BTKH, v_BTKH, slots_of(cache, positions_BT, written_BT))
-            o_BTNH = decode_attention(q_BTNH, updated.k, updated.v, positions_BT, window=window, valid_BS=updated.valid)
-            return o_BTNH, updated
+            updated = store(cache, k_BTKH, v_BTKH, positions_BT, written_BT, evict)
+            if isinstance(evict, KeepAll):
+                return decode_attention(
+                    q_BTNH, updated.k, updated.v, positions_BT, window=window, valid_BS=updated.valid
+                ), updated
+            _refuse_window(window)
+            # Slots fill in order and the order of keys does not matter: a full cache is read to its last slot.
+            last_BT = jnp.minimum(positions_BT, cache.k.shape[1] - 1)
+            o_BTNH = decode_attention(q_BTNH, updated.k, updated.v, last_BT)
+            return o_BTNH, evict.observe(updated, q_BTNH, positions_BT, live_BT & active_BT)
 
         return attend
 
@@ -68,6 +84,29 @@ def attend_uncached(lengths_B: jax.Array, *, keep_inactive: bool) -> LayerAttend
         return attend
 
     return for_layer
+
+
+def store(
+    cache: LayerCache,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    positions_BT: jax.Array,
+    written_BT: jax.Array,
+    evict: TopK | KeepAll,
+) -> LayerCache:
+    """Return the cache with the keys and values of new tokens, where ``written_BT`` says so."""
+    if isinstance(evict, TopK):
+        return evict.store(cache, k_BTKH, v_BTKH, positions_BT, written_BT)
+    return write(cache, k_BTKH, v_BTKH, slots_of(cache, positions_BT, written_BT))
+
+
+def _refuse_window(window: int | None) -> None:
+    """Slots of a cache that evicts are in no order, so a window over positions would have to be looked up."""
+    if window is not None:
+        raise NotImplementedError(
+            f"expected full attention in every layer for a plan that evicts, got a window of {window} tokens; such "
+            "layers keep no more than their window anyway"
+        )
 
 
 def slots_of(cache: LayerCache, positions_BT: jax.Array, written_BT: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The KV cache: one pair of arrays per layer, slot s of a sequence holding its position s.
+"""The KV cache: one pair of arrays per layer, slot s of a sequence holding its position s unless the cache evicts.
 
 Layout ``[B, S, K, H]``: measured on an H200, per-sequence writes by scatter cost nothing against aligned slices, and
 this order is the one cuDNN reads in place (1761 against 1663 tokens/s at batch 8, Llama-3-8B shape). Per-layer arrays
@@ -35,16 +35,20 @@ class LayerCache:
     Attributes:
         k, v: ``[B, S, K, H]``.
         valid: ``[B, S]``, which slots hold a key, or ``None`` when every slot below the length does.
+        positions: of a cache that evicts, the position of the token in each slot ``[B, S, K]``, -1 where there is none.
+        scores: of a cache that evicts, what the slots are worth ``[B, S, K]``.
     """
 
     k: jax.Array
     v: jax.Array
     valid: jax.Array | None = None
+    positions: jax.Array | None = None
+    scores: jax.Array | None = None
 
 
 @pytree()
 class KVCache:
-    """The caches of all layers and the number of filled slots ``length [B]``.
+    """The caches of all layers and the number of tokens ``length [B]`` that they have taken.
 
     ``layers`` is a tuple of one cache a layer or, for layers that decode by index, one whose arrays have a leading
     layer axis ``[L, B, S, K, H]``.
@@ -66,22 +70,49 @@ class KVCache:
     @property
     def tracks_valid(self) -> bool:
         """Whether the cache knows which of its slots hold a key."""
-        return (self.layers if self.stacked else self.layers[0]).valid is not None
+        return self._first.valid is not None
+
+    @property
+    def evicts(self) -> bool:
+        """Whether the cache takes any number of tokens and forgets some of them."""
+        return self._first.positions is not None
+
+    @property
+    def live(self) -> jax.Array:
+        """Filled slots of each sequence ``[B]``."""
+        return jnp.minimum(self.length, self.capacity) if self.evicts else self.length
+
+    @property
+    def full(self) -> jax.Array:
+        """Sequences that cannot take another token ``[B]``."""
+        return jnp.zeros(self.length.shape, bool) if self.evicts else self.length >= self.capacity
+
+    @property
+    def _first(self) -> LayerCache:
+        return self.layers if self.stacked else self.layers[0]
 
 
-def init_cache(model: CausalLM, batch: int, spec: CacheSpec, *, track_valid: bool = False) -> KVCache:
+def init_cache(
+    model: CausalLM, batch: int, spec: CacheSpec, *, track_valid: bool = False, evicts: bool = False
+) -> KVCache:
     """Return an empty cache for ``batch`` sequences.
 
     Args:
         track_valid: keep per-layer validity, needed when layers that do not run leave their slots empty.
+        evicts: keep the position and the score of every slot.
     """
     entry = kv_shape(model)
     shape = (batch, spec.capacity, *entry.shape[2:])
     dtype = entry.dtype if spec.dtype is None else spec.dtype
 
     def layer() -> LayerCache:
-        valid = jnp.zeros(shape[:2], bool) if track_valid else None
-        return LayerCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), valid=valid)
+        return LayerCache(
+            k=jnp.zeros(shape, dtype),
+            v=jnp.zeros(shape, dtype),
+            valid=jnp.zeros(shape[:2], bool) if track_valid else None,
+            positions=jnp.full(shape[:3], -1, jnp.int32) if evicts else None,
+            scores=jnp.full(shape[:3], -jnp.inf, jnp.float32) if evicts else None,
+        )
 
     return KVCache(layers=tuple(layer() for _ in model.layers), length=jnp.zeros(batch, jnp.int32))
 
@@ -96,7 +127,8 @@ def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax
     def put(array: jax.Array, values: Any) -> jax.Array:
         return array.at[rows, slots_BT].set(values, mode="drop", unique_indices=True)
 
-    return LayerCache(
+    return dataclasses.replace(
+        cache,
         k=put(cache.k, k_BTKH.astype(cache.k.dtype)),
         v=put(cache.v, v_BTKH.astype(cache.v.dtype)),
         valid=None if cache.valid is None else put(cache.valid, True),
@@ -108,7 +140,8 @@ def write_prompt(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, writte
     keep = written_BT[:, :, None, None]
     zero = jnp.zeros((), cache.k.dtype)
     put = jax.lax.dynamic_update_slice
-    return LayerCache(
+    return dataclasses.replace(
+        cache,
         k=put(cache.k, jnp.where(keep, k_BTKH.astype(cache.k.dtype), zero), (0, 0, 0, 0)),
         v=put(cache.v, jnp.where(keep, v_BTKH.astype(cache.v.dtype), zero), (0, 0, 0, 0)),
         valid=None if cache.valid is None else put(cache.valid, written_BT, (0, 0)),

@@ -24,8 +24,8 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from dyninf.attention import slots_of
-from dyninf.cache import LayerCache, write
+from dyninf.attention import store
+from dyninf.cache import LayerCache
 from dyninf.catch_up import Pending, catch_up_span, leave_waiting, room
 from dyninf.compaction import Compact, compact_span
 from dyninf.depth.base import DepthPolicy
@@ -213,4 +213,4 @@ def _fill(layer, x_BTD, cache, run):
     if cache is None or not run.propagate:
         return cache
     k_BTKH, v_BTKH = layer.project_kv(x_BTD, run.positions_BT)
-    return write(cache, k_BTKH, v_BTKH, slots_of(cache, run.positions_BT, run.live_BT))
+    return store(cache, k_BTKH, v_BTKH, run.positions_BT, run.live_BT, run.evict)

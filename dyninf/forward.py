@@ -2,15 +2,21 @@
 
 Every token decides for itself as it would while decoding, and attends to keys of the states at which earlier tokens
 ended (with ``fill="catch_up"`` to the dense model's keys), so the result equals feeding the text through
-:func:`dyninf.decode_step` token by token.
+:func:`dyninf.decode_step` token by token. Under a plan that evicts, what a token may read depends on all tokens before
+it: its text is fed that way, one step a token.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 from dyninf.attention import attend_uncached
+from dyninf.cache import CacheSpec
 from dyninf.catch_up import force_catch_up
 from dyninf.depth_loop import Driver, check_driver, run_layers, run_static
+from dyninf.generate import advance_step, prefill
+from dyninf.kv.base import KeepAll
 from dyninf.layer_run import LayerRun
 from dyninf.model import CausalLM, readout_of
 from dyninf.plan import Plan, catches_up, check, leaves_gaps, propagates
@@ -37,7 +43,8 @@ def forward(
 ) -> Forward:
     """Return what the plan predicts after every token of ``tokens``.
 
-    Costs every layer for every token, whatever the plan saves while decoding: this measures quality, not speed.
+    Costs every layer for every token, whatever the plan saves while decoding, and a plan that evicts a decode step for
+    every token after the prompt: this measures quality, not speed.
 
     Args:
         tokens: ``int32 [B, T]``, right-padded.
@@ -50,7 +57,7 @@ def forward(
 
     Raises:
         ValueError: if the plan does not fit the model, its prompt runs other layers than ``unrolled`` would, or
-            another driver than ``masked`` is asked for a plan that catches up.
+            another driver than ``masked`` is asked for a plan that catches up or evicts.
     """
     plan = Plan() if plan is None else plan
     check(plan, model)
@@ -61,6 +68,10 @@ def forward(
     live_BT = positions_BT < lengths[:, None]
     step_BT = positions_BT - prompt_lengths[:, None]
     depth, num_layers = plan.depth, len(model.layers)
+    if not isinstance(plan.evict, KeepAll):
+        if driver != "masked":
+            raise ValueError(f"expected driver 'masked' for a text under a plan that evicts, got {driver!r}")
+        return _forward_by_steps(model, tokens, plan, lengths, prompt_lengths)
     run = LayerRun(
         positions_BT=positions_BT,
         step_BT=jnp.maximum(step_BT, 0),
@@ -89,6 +100,32 @@ def forward(
         check_driver(driver, model.layers, plan, batch)
         out = run_layers(model.layers, x_BTD, caches, run, depth, state, driver=driver)
     return Forward(logits=model.unembed(out.x_BTD), states=out.x_BTD, needed=out.needed_BT)
+
+
+def _forward_by_steps(model, tokens_BT, plan, lengths_B, prompt_lengths_B) -> Forward:
+    """Run the prompts at once and feed every token behind them to a decode step."""
+    batch, length = tokens_BT.shape
+    # Nothing is evicted before a prompt has been attended to.
+    kept = dataclasses.replace(plan, evict=KeepAll())
+    out = forward(model, tokens_BT, kept, lengths=prompt_lengths_B, prompt_lengths=prompt_lengths_B)
+    spec = CacheSpec(capacity=length)
+    _, state = prefill(model, tokens_BT, prompt_lengths_B, plan, spec, jax.random.key(0))
+    rows = jnp.arange(batch)
+
+    def body(carry, offset):
+        state, out = carry
+        position_B = prompt_lengths_B + offset
+        token_B = jnp.take_along_axis(tokens_BT, jnp.minimum(position_B, length - 1)[:, None], axis=1)[:, 0]
+        state = dataclasses.replace(state, token=token_B, done=position_B >= lengths_B, step=offset + 1)
+        state, logits_BV, x_BD, stats = advance_step(model, state, plan, driver="masked")
+        at_B = jnp.where(state.done, length, position_B)  # dropped
+        put = lambda whole, part: whole.at[rows, at_B].set(part.astype(whole.dtype), mode="drop")  # noqa: E731
+        out = Forward(
+            logits=put(out.logits, logits_BV), states=put(out.states, x_BD), needed=put(out.needed, stats.needed)
+        )
+        return (state, out), None
+
+    return jax.lax.scan(body, (state, out), jnp.arange(length - 1))[0][1]
 
 
 def layer_states(model: CausalLM, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:

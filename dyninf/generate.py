@@ -20,6 +20,7 @@ from dyninf.catch_up import no_pending
 from dyninf.decode_state import DecodeState, Generation, check_state
 from dyninf.depth_loop import Driver, check_driver, default_driver, run_layers, run_static
 from dyninf.indexed import is_indexed
+from dyninf.kv.top_k import TopK, slots_for
 from dyninf.layer_run import LayerRun
 from dyninf.model import CausalLM, readout_of
 from dyninf.plan import Plan, catches_up, check, leaves_gaps, propagates
@@ -41,7 +42,7 @@ def prefill(
     Args:
         tokens: ``int32 [B, T]``, right-padded with any valid id.
         lengths: prompt lengths ``[B]`` (1 to T tokens).
-        spec: cache to allocate; capacity at least T.
+        spec: cache to allocate; capacity at least T. A plan that evicts allocates its budget where that is less.
         key: one key, split over the batch, or one per sequence ``[B]``.
         stop: stop sequences ``[R, M]`` as :func:`dyninf.prompts.stop_matrix` makes them.
 
@@ -55,15 +56,17 @@ def prefill(
     batch, length = tokens.shape
     if spec.capacity < length:
         raise ValueError(f"expected a cache of at least {length} slots for this prompt, got {spec.capacity}")
+    spec = dataclasses.replace(spec, capacity=slots_for(plan.evict, spec.capacity))
     positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
     live_BT = positions_BT < lengths[:, None]
-    cache = init_cache(model, batch, spec, track_valid=leaves_gaps(plan))
+    evicts = isinstance(plan.evict, TopK)
+    cache = init_cache(model, batch, spec, track_valid=leaves_gaps(plan), evicts=evicts)
     run = LayerRun(
         positions_BT=positions_BT,
         step_BT=jnp.zeros((batch, length), jnp.int32),
         live_BT=live_BT,
         governed_BT=jnp.zeros((batch, length), bool),
-        attend=attend_prompt(lengths),
+        attend=attend_prompt(lengths, plan.evict),
         unembed=model.unembed,
         readout=readout_of(model),
         propagate=propagates(plan),
@@ -103,6 +106,27 @@ def decode_step(
         ValueError: if the plan does not fit the model, the driver cannot run it for this batch, or the state was made
             for a plan that keeps other things in it.
     """
+    state, logits_BV, _, stats = advance_step(model, state, plan, driver=driver)
+    live_B = ~state.done
+    state = _sample(state, logits_BV, plan)
+    stops_BT = plan.depth.stops(state.depth)
+    if stops_BT is None:
+        return state, stats
+    stops_B = live_B & stops_BT[:, 0]
+    token = jnp.where(stops_B, PAD, state.token)
+    return dataclasses.replace(state, token=token, done=state.done | stops_B), stats
+
+
+def advance_step(
+    model: CausalLM, state: DecodeState, plan: Plan, *, driver: Driver | None = None
+) -> tuple[DecodeState, jax.Array, jax.Array, StepStats]:
+    """Put the last token into the cache, and sample nothing.
+
+    Arguments and errors are those of :func:`decode_step`.
+
+    Returns:
+        The state, the logits after the token ``[B, V]`` (float32), its final state ``[B, D]`` and what the step spent.
+    """
     check(plan, model)
     num_layers = len(model.layers)
     check_state(state, plan, num_layers)
@@ -115,10 +139,11 @@ def decode_step(
         step_BT=jnp.broadcast_to(state.step - 1, positions_BT.shape),
         live_BT=live_BT,
         governed_BT=live_BT,
-        attend=attend_cached(positions_BT, live_BT, write_inactive=propagates(plan)),
+        attend=attend_cached(positions_BT, live_BT, plan.evict, write_inactive=propagates(plan)),
         unembed=model.unembed,
         readout=readout_of(model),
         propagate=propagates(plan),
+        evict=plan.evict,
     )
     caches, stacked = state.cache.layers, state.cache.stacked
     out = run_layers(
@@ -135,16 +160,9 @@ def decode_step(
     live_B = live_BT[:, 0]
     caches = stack_caches(out.caches) if stacked and driver != "indexed" else out.caches
     cache = advance(state.cache, caches, live_B.astype(jnp.int32))
-    stats = StepStats(
-        active=live_B, needed=out.needed_BT[:, 0], run=out.run, kv_live=cache.length, kv_read=cache.length
-    )
-    state = _sample(dataclasses.replace(state, cache=cache, depth=out.state, pending=out.pending), logits_BV, plan)
-    stops_BT = plan.depth.stops(out.state)
-    if stops_BT is None:
-        return state, stats
-    stops_B = live_B & stops_BT[:, 0]
-    token = jnp.where(stops_B, PAD, state.token)
-    return dataclasses.replace(state, token=token, done=state.done | stops_B), stats
+    stats = StepStats(active=live_B, needed=out.needed_BT[:, 0], run=out.run, kv_live=cache.live, kv_read=cache.live)
+    state = dataclasses.replace(state, cache=cache, depth=out.state, pending=out.pending)
+    return state, logits_BV, out.x_BTD[:, 0], stats
 
 
 def generate(
@@ -221,7 +239,7 @@ def _sample(state: DecodeState, logits_BV: jax.Array, plan: Plan) -> DecodeState
     token = jnp.where(state.done, state.token, plan.sampler(logits_BV, key_B))
     recent = jnp.concatenate([state.recent[:, 1:], token[:, None]], axis=1)
     hits_BR = jnp.all((state.stop[None] == recent[:, None]) | (state.stop[None] == PAD), axis=-1)
-    done = state.done | jnp.any(hits_BR, axis=-1) | (state.cache.length >= state.cache.capacity)
+    done = state.done | jnp.any(hits_BR, axis=-1) | state.cache.full
     return dataclasses.replace(state, token=token, recent=recent, done=done, step=state.step + 1)
 
 

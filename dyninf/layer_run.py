@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from dyninf.attention import LayerAttend
 from dyninf.cache import LayerCache
 from dyninf.depth.base import EXIT, SKIP, DepthPolicy, LayerObs, consult
+from dyninf.kv.base import KeepAll
+from dyninf.kv.top_k import TopK
 from dyninf.model import DecoderLayer
 from dyninf.pytree import pytree
 from pallas_kernels.readout import Readout
@@ -38,6 +40,7 @@ class LayerRun:
         unembed: logits of a state.
         readout: what the logits of a state say, without the logits.
         propagate: whether tokens store the projection of their last state for layers that they do not run.
+        evict: what the caches keep.
     """
 
     positions_BT: jax.Array
@@ -48,6 +51,7 @@ class LayerRun:
     unembed: Callable[[jax.Array], jax.Array]
     readout: Callable[[jax.Array], Readout]
     propagate: bool
+    evict: TopK | KeepAll = KeepAll()
 
 
 @pytree()

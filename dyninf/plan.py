@@ -11,6 +11,7 @@ import jax
 
 from dyninf.depth.base import DepthPolicy, RunAll, require_integer
 from dyninf.kv.base import KeepAll, ReadAll
+from dyninf.kv.top_k import TopK
 from dyninf.model import CausalLM
 from dyninf.pytree import pytree
 from dyninf.sampling import Greedy, Sampler
@@ -21,8 +22,8 @@ from dyninf.sparsity.base import Dense
 class Plan:
     """How to run a model.
 
-    This version changes depth and sampling; the other fields accept their identity elements and mark where sparse
-    prefill, eviction, selection and self-speculation plug in.
+    This version changes depth, eviction and sampling; the other fields accept their identity elements and mark where
+    sparse prefill, selection and self-speculation plug in.
 
     Args:
         sparsity: which blocks prefill attends.
@@ -38,7 +39,7 @@ class Plan:
     """
 
     sparsity: Dense = Dense()
-    evict: KeepAll = KeepAll()
+    evict: TopK | KeepAll = KeepAll()
     select: ReadAll = ReadAll()
     depth: DepthPolicy = RunAll()
     fill: Literal["propagate", "mask", "catch_up"] = "propagate"
@@ -64,7 +65,7 @@ def catches_up(plan: Plan, num_layers: int) -> bool:
     return plan.fill == "catch_up" and not plan.depth.nested and plan.depth.static_layers(num_layers) is None
 
 
-_IDENTITIES = {"sparsity": Dense, "evict": KeepAll, "select": ReadAll, "draft": type(None)}
+_IDENTITIES = {"sparsity": Dense, "select": ReadAll, "draft": type(None)}
 
 
 def check(plan: Plan, model: CausalLM) -> None:
@@ -80,6 +81,15 @@ def check(plan: Plan, model: CausalLM) -> None:
         value = getattr(plan, name)
         if not isinstance(value, identity):
             raise NotImplementedError(f"expected {name}={identity.__name__} in this version, got {value!r}")
+    if not isinstance(plan.evict, TopK | KeepAll):
+        raise ValueError(f"expected evict to be TopK(scorer=..., budget=...) or KeepAll(), got {plan.evict!r}")
+    if isinstance(plan.evict, TopK):
+        plan.evict.validate()
+        if plan.fill != "propagate" and not plan.depth.nested:
+            raise NotImplementedError(
+                f"expected fill='propagate' for a plan that evicts, got {plan.fill!r}, under which layers lack keys of "
+                "some tokens"
+            )
     if not isinstance(plan.depth, DepthPolicy):
         raise ValueError(f"expected depth to be a DepthPolicy, got {plan.depth!r}")
     if not isinstance(plan.sampler, Sampler):

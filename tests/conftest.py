@@ -146,7 +146,7 @@ class Roll:
 
     def empty(self, state):
         """Mark the slots of every layer that hold nothing yet ``[L, B, S]``."""
-        unused = np.arange(self.capacity)[None] >= np.asarray(state.cache.length)[:, None]
+        unused = np.arange(state.cache.capacity)[None] >= np.asarray(state.cache.live)[:, None]
         return np.repeat(unused[None], len(state.cache.layers), axis=0)
 
     def poison(self, state, entries_LBS):

@@ -31,6 +31,7 @@ from dyninf.depth import (
     UnifiedSkip,
     every,
 )
+from dyninf.kv import SnapKV, TopK
 
 L, V, B, T, STEPS = 6, 61, 3, 7, 6
 LENGTHS = np.array([7, 4, 5])
@@ -64,7 +65,16 @@ def at_work(name):
         ),
         "halt_tokens": lambda depth: dataclasses.replace(depth, policy=TokenHalting(threshold=0.5)),
     }
-    return dataclasses.replace(plan, depth=changed.get(name, lambda depth: depth)(plan.depth))
+    depth = changed.get(name, lambda depth: depth)(plan.depth)
+    return dataclasses.replace(plan, depth=depth, evict=scarce(plan.evict))
+
+
+def scarce(evict):
+    """The same eviction with fewer slots than this text has tokens."""
+    if not isinstance(evict, TopK):
+        return evict
+    scorer = SnapKV(window=2, kernel=3) if isinstance(evict.scorer, SnapKV) else evict.scorer
+    return dataclasses.replace(evict, scorer=scorer, budget=6, sinks=min(evict.sinks, 1), recent=min(evict.recent, 2))
 
 
 def drivers(name):
@@ -139,12 +149,15 @@ def dense(roll, prompts):
 def test_plan_saves_something(name, base):
     """Without this the other laws could hold because a plan does nothing."""
     depths = set(base.stats.needed.ravel().tolist())
-    assert depths == {L} if name == "dense" else min(depths) < L
+    evicts = base.stats.kv_live.max() < LENGTHS.max() + STEPS
+    assert evicts == isinstance(PLANS[name].evict, TopK)
+    assert depths == {L} if evicts or name == "dense" else min(depths) < L
     assert len(depths) > 2 or name in STATIC
 
 
 def test_full_budget_is_dense(roll, plan, prompts, dense):
-    full = dataclasses.replace(plan, depth=everything(plan.depth))
+    evict = dataclasses.replace(plan.evict, budget=T + STEPS) if isinstance(plan.evict, TopK) else plan.evict
+    full = dataclasses.replace(plan, depth=everything(plan.depth), evict=evict)
     assert_same(roll(full, prompts, LENGTHS), dense)
 
 
@@ -253,7 +266,8 @@ def test_named_plans_fit_models_of_any_depth(num_layers):
     for name, plan in plans(num_layers).items():
         plan.depth.validate(num_layers)
         kept = plan.depth.static_layers(num_layers)
-        assert kept is None or name == "dense" or len(kept) < num_layers, f"{name} is dense at {num_layers} layers"
+        saves = kept is None or len(kept) < num_layers or isinstance(plan.evict, TopK)
+        assert saves or name == "dense", f"{name} is dense at {num_layers} layers"
         assert kept is not None or isinstance(plan.depth, DepthDecay) or plan.depth.decision_layers(num_layers)
 
 

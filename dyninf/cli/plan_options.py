@@ -1,4 +1,4 @@
-"""Plans on the command line: a name from ``configs/plans.py``, or a calibrated plan's file, and changes to its fields.
+"""Plans on the command line: a name of ``configs/plans.py``, a file of calibrated or trained exits, and changes to it.
 
 A change is ``PATH=VALUE`` with a dotted path such as ``depth.threshold``. Wrappers (a policy that holds another one)
 need not be named: a field that a wrapper does not have is looked for inside it. The value is read as what stands there
@@ -14,6 +14,7 @@ from typing import Any
 import dyninf
 from dyninf.cli.calibrated import read_calibrated
 from dyninf.configs.plans import plans
+from dyninf.training.exits_file import load_exits
 
 HIDDEN = ("sparsity", "evict", "select", "draft")  # fields that hold only their identity element in this version
 
@@ -35,7 +36,9 @@ def add_plan_options(parser: argparse.ArgumentParser, *, default: str | None) ->
 
 
 def read_plan(name: str, changes: Sequence[str], num_layers: int) -> dyninf.Plan:
-    """Return a named plan for a model of ``num_layers`` layers, or that of a file of ``dyninf calibrate``, changed.
+    """Return a named plan for a model of ``num_layers`` layers, or that of a file, changed.
+
+    Files are those of ``dyninf calibrate --json``, and the ``exits.safetensors`` that ``dyninf train`` leaves.
 
     Raises:
         ValueError: if there is no such plan or field, or a value cannot be read.
@@ -44,6 +47,8 @@ def read_plan(name: str, changes: Sequence[str], num_layers: int) -> dyninf.Plan
         plan = dyninf.Plan()
     elif name.endswith(".json"):
         plan = read_calibrated(name)
+    elif name.endswith(".safetensors"):
+        plan = dyninf.Plan(depth=load_exits(name))
     else:
         named = plans(num_layers)
         if name not in named:

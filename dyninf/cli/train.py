@@ -16,8 +16,8 @@ from dyninf.configs.training import PYCODE_13M, PYCODE_13M_RECIPE, RECALL, RECAL
 from dyninf.models import ModelConfig
 from dyninf.tasks import TOKEN_TASKS
 from dyninf.training import checkpoints
-from dyninf.training.loop import prepare, train, train_tasks
-from dyninf.training.recipe import Recipe
+from dyninf.training.loop import check_start, prepare, train, train_tasks
+from dyninf.training.recipe import CHOICES, HEADS, Recipe
 
 CONFIGS = {
     "tiny": (TINY, TINY_RECIPE),
@@ -26,9 +26,9 @@ CONFIGS = {
 }
 
 DESCRIPTION = """\
-Train a tokenizer and a small language model on folders of text, with the LayerSkip recipe, so that every layer can be
-an exit. The result is a Hugging Face folder that the other commands take as --model. With --tasks the model learns to
-retrieve from long contexts of tokens instead, and no text is read.
+Train a tokenizer and a small language model on folders of text, with the LayerSkip recipe or another one (--recipe), so
+that every layer can be an exit. The result is a Hugging Face folder that the other commands take as --model. With
+--tasks the model learns to retrieve from long contexts of tokens instead, and no text is read.
 """
 
 EXAMPLES = """\
@@ -36,6 +36,8 @@ examples:
   dyninf train my_project/ --run runs/mine
   dyninf train docs/ notes/ --suffix .md --suffix .txt --run runs/docs --set recipe.steps=600
   dyninf train src/ --run runs/large --config pycode-13m --set model.num_layers=12
+  dyninf train my_project/ --run runs/exits --recipe frozen --from runs/mine/model
+  dyninf compare --model runs/exits/model --plans dense,runs/exits/exits.safetensors
   dyninf generate --model runs/mine/model --prompt "import "
   dyninf train --tasks needle,multivalue,tracking=2 --config recall --run runs/recall
 
@@ -45,6 +47,11 @@ evaluated on. A few files are enough to see it work; a model worth using takes s
 
 how long it takes: tiny, 0.9 million parameters, a few minutes on two CPU cores; pycode-13m, 629 million tokens, is made
 for a GPU (a quarter of an hour on an H200, days on a CPU).
+
+recipes: layerskip, early-exit losses and layer dropout; soft, the mean loss of nested depths; plain, the last layer's
+loss; frozen, adapters and gates beside a model that stays as it is; jei, gates and the readout they judge, in turn;
+stop, a classifier that exits, or ends a text that no layer would get right. The last three need --from and leave
+exits.safetensors, which other commands take as a plan.
 
 the run directory: tokenizer.json, the packed text, recipe.json, checkpoints/ (the last two), log.jsonl (losses) and at
 the end model/. Ctrl-C, a kill or a full disk costs what came after the last checkpoint: the same command goes on from
@@ -69,8 +76,19 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
         metavar="A,B=WEIGHT",
         help=f"train on token tasks instead of text, drawn by weight: {', '.join(TOKEN_TASKS)}",
     )
+    parser.add_argument(
+        "--questions",
+        type=int,
+        metavar="N",
+        help="with --tasks, the most that are asked about one context, as many as fit (default: 1)",
+    )
     parser.add_argument("--run", required=True, metavar="FOLDER", dest="directory", help="where the run is kept")
     parser.add_argument("--config", choices=tuple(CONFIGS), default="tiny", help="model and recipe (default: tiny)")
+    parser.add_argument(
+        "--recipe",
+        choices=CHOICES["kind"],
+        help="what is trained, and by which loss (default: that of the config, layerskip); --set recipe.kind, too",
+    )
     parser.add_argument(
         "--suffix",
         metavar=".EXT",
@@ -98,7 +116,9 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prepare the data, train, and say where the model is."""
-    config, recipe = configure(arguments.config, arguments.changes)
+    kind = [] if arguments.recipe is None else [f"recipe.kind={arguments.recipe}"]
+    config, recipe = configure(arguments.config, [*arguments.changes, *kind])
+    check_start(recipe, arguments.init)
     if arguments.init is None and recipe.length > config.max_length:
         raise ValueError(
             f"expected recipe.length at most model.max_length={config.max_length}, got {recipe.length}; set both"
@@ -107,11 +127,14 @@ def run(arguments: argparse.Namespace) -> int:
     reporter = Reporter(recipe)
     if bool(arguments.folders) == (arguments.tasks is not None):
         raise ValueError("expected folders of text or --tasks, one of them; see dyninf train --help")
+    if arguments.questions is not None and arguments.tasks is None:
+        raise ValueError("expected --questions beside --tasks only, got folders of text; leave it out")
     try:
         with reporter:
             if arguments.tasks is not None:
                 tasks = read_tasks(arguments.tasks)
-                folder = train_tasks(config, recipe, directory, tasks=tasks, report=reporter, init=init)
+                several = {} if arguments.questions is None else {"questions": arguments.questions}
+                folder = train_tasks(config, recipe, directory, tasks=tasks, report=reporter, init=init, **several)
                 print(f"the model is in {folder}; try: dyninf eval --model {folder} --tasks {','.join(tasks)}")
                 return 0
             prepare(
@@ -128,7 +151,9 @@ def run(arguments: argparse.Namespace) -> int:
         place = "the beginning" if step is None else f"the checkpoint of step {step}"
         print(f"\nstopped; the same command goes on from {place}", file=sys.stderr, end="")
         raise
-    print(f"the model is in {folder}; try: dyninf generate --model {folder} --prompt 'import '")
+    exits = f"compare --model {folder} --plans dense,{directory / 'exits.safetensors'}"
+    command = exits if recipe.kind in HEADS else f"generate --model {folder} --prompt 'import '"
+    print(f"the model is in {folder}; try: dyninf {command}")
     return 0
 
 

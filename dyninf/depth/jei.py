@@ -84,9 +84,11 @@ def uncertainty_features(logits: jax.Array) -> jax.Array:
     """
     z = logits.astype(jnp.float32)
     probs = jax.nn.softmax(z, axis=-1)
-    top = jax.lax.top_k(probs, min(2, z.shape[-1]))[0]
-    margin = top[..., 0] - (top[..., 1] if top.shape[-1] == 2 else 0.0)
-    return jnp.stack([top[..., 0], _entropy(z), margin, _entropy(2 * z)], axis=-1)
+    # Not top_k: it sorts, which took nine tenths of the time on a CPU.
+    places = jax.lax.broadcasted_iota(jnp.int32, probs.shape, probs.ndim - 1)
+    is_top = places == jnp.argmax(probs, axis=-1)[..., None]
+    top, second = jnp.max(probs, axis=-1), jnp.max(jnp.where(is_top, 0.0, probs), axis=-1)
+    return jnp.stack([top, _entropy(z), top - second, _entropy(2 * z)], axis=-1)
 
 
 def _entropy(logits: jax.Array) -> jax.Array:

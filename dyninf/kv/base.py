@@ -1,4 +1,13 @@
-"""The identity elements of eviction and selection."""
+"""The protocol of cache policies: what the cache keeps (eviction), and what a decode step reads of it (selection).
+
+A method is one :class:`KVScorer`: a score for every key of every key/value head. Under ``Plan(evict=...)`` a cache has
+a fixed number of slots and forgets the lowest scores for good; what is scored, and when, is the scorer's affair.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
 
 from dyninf.pytree import pytree
 
@@ -11,3 +20,58 @@ class KeepAll:
 @pytree()
 class ReadAll:
     """Read every live cache entry at every step: exact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptKV:
+    """What a scorer may look at after a layer has attended among the tokens of a prompt.
+
+    Attributes:
+        q_BTNH: queries, rotated.
+        k_BTKH, v_BTKH: keys (rotated) and values.
+        lengths_B: tokens of each prompt; the rest is padding.
+    """
+
+    q_BTNH: jax.Array
+    k_BTKH: jax.Array
+    v_BTKH: jax.Array
+    lengths_B: jax.Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepKV:
+    """What a scorer may look at after a layer has attended from one new token of each sequence to its cache.
+
+    Attributes:
+        q_BNH: queries, rotated.
+        k_BSKH: keys in their slots, the new one's too.
+        positions_BSK: position of the token in each slot, -1 where there is none.
+        position_B: position of the new token.
+        mass: call it for the attention that each slot received ``[B, S, K]``, float32: probabilities, averaged over
+            the query heads of a key/value head. Costs a second pass over the keys.
+    """
+
+    q_BNH: jax.Array
+    k_BSKH: jax.Array
+    positions_BSK: jax.Array
+    position_B: jax.Array
+    mass: Callable[[], jax.Array]
+
+
+class KVScorer:
+    """Base of scorers: higher scores are kept longer. Scores are float32; NaN counts as the lowest."""
+
+    def prompt(self, obs: PromptKV) -> jax.Array:
+        """Return the score of every token of the prompts ``[B, T, K]``; those of padding are ignored."""
+        raise NotImplementedError(f"expected {type(self).__name__} to define prompt")
+
+    def arrive(self, k_BKH: jax.Array, position_B: jax.Array) -> jax.Array:
+        """Return the score ``[B, K]`` with which a new token enters the cache."""
+        raise NotImplementedError(f"expected {type(self).__name__} to define arrive")
+
+    def update(self, scores_BSK: jax.Array, obs: StepKV) -> jax.Array:
+        """Return the scores of all slots after a decode step; unchanged unless the scorer says otherwise."""
+        return scores_BSK
+
+    def validate(self) -> None:
+        """Raise ValueError if a parameter is out of its range."""

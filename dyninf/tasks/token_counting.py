@@ -23,7 +23,8 @@ class Frequent:
     Args:
         num_answers: how many words are asked for.
         alpha: exponent of the law (above 0); smaller is harder.
-        num_words: different words; ``None`` for one every 50 tokens, at least two more than answers.
+        num_words: different words; ``None`` for one every 50 tokens, at least two more than answers and at most what
+            the vocabulary has.
 
     Raises:
         ValueError: if a parameter is out of its range.
@@ -43,10 +44,11 @@ class Frequent:
             if self.num_words <= self.num_answers:
                 raise ValueError(f"expected num_words above num_answers={self.num_answers}, got {self.num_words}")
 
-    def draw(self, vocabulary: Vocabulary, length: int, rng: np.random.Generator) -> Row:
-        """Return a sequence; see :class:`dyninf.tasks.TokenTask`."""
+    def draw(self, vocabulary: Vocabulary, length: int, rng: np.random.Generator, questions: int = 1) -> Row:
+        """Return a sequence; see :class:`dyninf.tasks.TokenTask`. There is one question to ask."""
         room = length - 3 - self.num_answers - 1
-        words = max(self.num_answers + 2, length // TOKENS_PER_WORD) if self.num_words is None else self.num_words
+        usual = max(self.num_answers + 2, min(length // TOKENS_PER_WORD, vocabulary.num_values))
+        words = usual if self.num_words is None else self.num_words
         require_ids(self.name, "values", words, vocabulary.num_values)
         # Falling counts down to 1: no text of these words is shorter.
         least = int(zipf_counts(1, words, alpha=self.alpha, distinct=self.num_answers).sum())
@@ -88,8 +90,8 @@ class Common:
         given = {"common_repeats": self.common_repeats, "other_repeats": self.other_repeats}
         check_counts(**{name: value for name, value in given.items() if value is not None})
 
-    def draw(self, vocabulary: Vocabulary, length: int, rng: np.random.Generator) -> Row:
-        """Return a sequence; see :class:`dyninf.tasks.TokenTask`."""
+    def draw(self, vocabulary: Vocabulary, length: int, rng: np.random.Generator, questions: int = 1) -> Row:
+        """Return a sequence; see :class:`dyninf.tasks.TokenTask`. There is one question to ask."""
         many, few = repeats(length)
         many = many if self.common_repeats is None else self.common_repeats
         few = few if self.other_repeats is None else self.other_repeats

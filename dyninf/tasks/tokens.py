@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dyninf.tasks.sample import Sample, check_request
+from dyninf.tasks.sample import Sample, check_counts, check_request
 from dyninf.tasks.token_counting import Common, Frequent
 from dyninf.tasks.token_needles import Needles
 from dyninf.tasks.token_tracking import Tracking
@@ -38,12 +38,12 @@ class TokenBatch:
     """Rows of token tasks.
 
     Attributes:
-        tokens: ``int32 [B, T]``, ``PAD`` beyond each length: context, question and answers.
+        tokens: ``int32 [B, T]``, ``PAD`` beyond each length: context, question and answers; further questions.
         lengths: tokens of each row ``[B]``.
         loss_mask: which tokens are answers ``bool [B, T]``; a model predicts them from the tokens before.
-        questions: where each question begins ``[B]``; its context ends there.
+        questions: where each first question begins ``[B]``; its context ends there.
         tasks: the name of each row's task.
-        answers: the answers of each row, in the order in which they follow its question.
+        answers: the answers of each row's first question, in the order in which they follow it.
         depths: for each row, where the statements that its answers follow from begin, as fractions of its context.
     """
 
@@ -98,6 +98,7 @@ def mixture(
     *,
     start: int = 0,
     vocabulary: Vocabulary | None = None,
+    questions: int = 1,
 ) -> TokenBatch:
     """Return rows ``start`` to ``start + count - 1`` of a mixture: each row is of a task drawn by its weight.
 
@@ -106,6 +107,8 @@ def mixture(
     Args:
         weights: one for each task, at least 0; they need not add up to 1.
         length, vocabulary: as for :func:`draw`.
+        questions: the most that are asked about one context. A row has as many as fit or fewer, often one, and as many
+            keys as they need: a model learns from each what a single question teaches, all from one context.
 
     Raises:
         ValueError: as for :func:`draw`, and if the weights do not fit the tasks.
@@ -113,6 +116,7 @@ def mixture(
     low, high = (length, length) if np.ndim(length) == 0 else length
     check_request(low, seed, count)
     check_request(high, seed, count)
+    check_counts(questions=questions)
     if low > high or start < 0:
         raise ValueError(f"expected the least length first and a start of at least 0, got {length=} and {start=}")
     chosen = [find_token_task(task) if isinstance(task, str) else task for task in tasks]
@@ -126,17 +130,17 @@ def mixture(
         pick = _rng("mixture", seed, index).random() if len(chosen) > 1 else 0.0
         task = chosen[int(np.searchsorted(edges, pick, side="right"))]
         rng = _rng(task.name, seed, index)
-        rows.append(task.draw(vocabulary, int(rng.integers(low, high + 1)), rng))
+        rows.append(task.draw(vocabulary, int(rng.integers(low, high + 1)), rng, questions))
         names.append(task.name)
     return _stack(rows, names, high)
 
 
 def to_samples(batch: TokenBatch) -> list[Sample]:
-    """Return the rows of a batch as samples, whose answers are runs of ids."""
+    """Return the first question of every row of a batch as a sample, whose answers are runs of ids."""
     samples = []
     for row, name in enumerate(batch.tasks):
-        ids = batch.tokens[row, : batch.lengths[row]].tolist()
         question, answer = int(batch.questions[row]), int(batch.loss_mask[row].argmax())
+        ids = batch.tokens[row, : answer + sum(map(len, batch.answers[row]))].tolist()
         samples.append(
             Sample(
                 task=name,
@@ -157,9 +161,10 @@ def _stack(rows: list[Row], names: list[str], width: int) -> TokenBatch:
     lengths, questions = np.empty((2, len(rows)), np.int32)
     for index, row in enumerate(rows):
         tail = [*row.question, *(token for answer in row.answers for token in answer)]
-        questions[index], lengths[index] = len(row.context), len(row.context) + len(tail)
-        tokens[index, : lengths[index]] = np.concatenate([row.context, tail])
-        loss_mask[index, len(row.context) + len(row.question) : lengths[index]] = True
+        begin, end = len(row.context), len(row.context) + len(tail) + row.more.size
+        questions[index], lengths[index] = begin, end
+        tokens[index, :end] = np.concatenate([row.context, tail, row.more.ravel()])
+        loss_mask[index, begin:end].reshape(-1, len(tail))[:, len(row.question) :] = True
     return TokenBatch(
         tokens=tokens,
         lengths=lengths,

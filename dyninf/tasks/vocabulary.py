@@ -1,6 +1,6 @@
 """The vocabulary of tasks that are made of tokens, and what every such task gives: a :class:`Row`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -61,13 +61,15 @@ class Vocabulary:
 class Row:
     """One sequence: context (``BOS`` first), question and the answers, which follow the question in this order.
 
-    ``starts`` says where in the context each statement begins that the answers follow from.
+    ``starts`` says where in the context each statement begins that the answers follow from. ``more`` holds further
+    questions about the same context ``[n, s]``, each in the form of the first and with its answers behind it.
     """
 
     context: np.ndarray
     question: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
     starts: tuple[int, ...]
+    more: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int32))
 
 
 class TokenTask(Protocol):
@@ -75,8 +77,12 @@ class TokenTask(Protocol):
 
     name: str
 
-    def draw(self, vocabulary: Vocabulary, length: int, rng: np.random.Generator) -> Row:
+    def draw(self, vocabulary: Vocabulary, length: int, rng: np.random.Generator, questions: int = 1) -> Row:
         """Return a sequence of exactly ``length`` tokens, answers included.
+
+        Args:
+            questions: the most that may be asked about one context, where the task has several and they fit; the
+                context then holds what they ask for. One is the task as it is evaluated.
 
         Raises:
             ValueError: if the vocabulary is too small or the length too short.
@@ -104,6 +110,11 @@ def require_room(task: str, needed: int, length: int) -> None:
     """
     if needed > length:
         raise ValueError(f"expected a length of at least {needed} tokens for the task {task!r}, got {length}")
+
+
+def draw_number(most: int, rng: np.random.Generator) -> int:
+    """Return a number from 1 to ``most``, about as often 1 as 2 to 3 or 4 to 7; nothing is drawn where 1 is all."""
+    return min(most, int((most + 1) ** rng.random())) if most > 1 else 1
 
 
 def place(

@@ -2,7 +2,8 @@
 
 A run lives in one directory: ``tokenizer.json``, the packed tokens, ``corpus.json`` (what they were made from),
 ``recipe.json``, ``checkpoints/`` (orbax), ``log.jsonl`` (one line per logged step) and, at the end, ``model/`` (a
-Hugging Face directory that :func:`dyninf.models.load` reads). Starting the same command again goes on from the last
+Hugging Face directory that :func:`dyninf.models.load` reads), with ``exits.safetensors`` beside it where the recipe
+trains exits (:func:`dyninf.training.exits_file.load_exits`). Starting the same command again goes on from the last
 checkpoint and makes the same losses as a run that was never stopped, on hardware whose sums have a fixed order (CPU
 and TPU have). Nothing is ever unpickled.
 """
@@ -25,7 +26,9 @@ from dyninf.models import ModelConfig, load, load_tokenizer, save_hf, unstack_la
 from dyninf.training import checkpoints
 from dyninf.training.corpus import Document, collect, deduplicate, split
 from dyninf.training.data import TokenData, fingerprint, pack, train_tokenizer
-from dyninf.training.recipe import Recipe
+from dyninf.training.exits_file import save_exits
+from dyninf.training.heads import policy_of
+from dyninf.training.recipe import HEADS, Recipe
 from dyninf.training.run_files import alone, open_log, refuse_changes, write
 from dyninf.training.step import TrainState, eval_step, init_state, train_step
 from dyninf.training.task_data import TaskData
@@ -93,6 +96,14 @@ def prepare(
         write(run / "corpus.json", json.dumps(made_from, indent=1) + "\n")
 
 
+def check_start(recipe: Recipe, init: str | None) -> None:
+    """Raise ValueError if the recipe trains exits beside a model, and none is given."""
+    if recipe.kind in HEADS and init is None:
+        raise ValueError(
+            f"expected a trained model to put exits on for the recipe {recipe.kind!r}, got none; name one: --from"
+        )
+
+
 def train(
     config: ModelConfig, recipe: Recipe, run: str | os.PathLike, *, report: Report, init: str | None = None
 ) -> Path:
@@ -105,7 +116,8 @@ def train(
 
     Raises:
         ValueError: if the run directory lacks data or holds too little, was begun with another model, recipe or data,
-            holds a damaged checkpoint, is in use by another process, or the loss is no longer finite.
+            holds a damaged checkpoint, is in use by another process, the recipe needs a model to go on from, or the
+            loss is no longer finite.
         OSError: if a checkpoint cannot be written; those before it are as they were.
     """
     run = Path(run)
@@ -122,6 +134,7 @@ def train_tasks(
     *,
     tasks: dict[str, float],
     report: Report,
+    questions: int = 1,
     init: str | None = None,
 ) -> Path:
     """Train on token tasks (:data:`dyninf.tasks.TOKEN_TASKS`) in a run directory and return the model directory.
@@ -132,21 +145,23 @@ def train_tasks(
     Args:
         config: its vocabulary is replaced by that of the tasks.
         tasks: weight of each task by name.
+        questions: the most that are asked about one context; see :func:`dyninf.tasks.mixture`.
         init, report: as for :func:`train`.
 
     Raises:
         ValueError: as :func:`train`, and if a task is unknown or the length too short for it.
     """
-    run, data = Path(run), TaskData(tasks=tuple(tasks.items()))
+    run, data = Path(run), TaskData(tasks=tuple(tasks.items()), questions=questions)
     data.check(recipe.length)
     run.mkdir(parents=True, exist_ok=True)
     write(run / "tokenizer.json", data.tokenizer().to_str(pretty=True))
-    about = {"tasks": tasks, "vocabulary": dataclasses.asdict(data.vocabulary)}
+    about = {"tasks": tasks, "questions": questions, "vocabulary": dataclasses.asdict(data.vocabulary)}
     vocabulary = {"vocab_size": data.vocabulary.size, "eos_ids": ()}
     return _train(config, vocabulary, recipe, run, data, data.held_out(), about, report=report, init=init)
 
 
 def _train(config, vocabulary, recipe, run: Path, data, held_out, about, *, report: Report, init: str | None) -> Path:
+    check_start(recipe, init)
     start = None if init is None else load(init, dtype=jnp.float32)
     config = config if start is None else start.config
     if recipe.length > config.max_length:
@@ -171,6 +186,9 @@ def _train(config, vocabulary, recipe, run: Path, data, held_out, about, *, repo
             write(run / "recipe.json", json.dumps(begun_with, indent=1) + "\n")
         refuse_changes(run / "recipe.json", begun_with)
         state = init_state(config, recipe, start)
+        if state.exits is not None:
+            added = _size((state.model, state.exits)) - _size(start)
+            report({"event": "added", "policy": type(state.exits).__name__, "parameters": added, "to": _size(start)})
         if checkpoints.latest(saved) is not None:
             state = checkpoints.restore(saved, state)
             report({"event": "resumed", "step": int(state.step)})
@@ -178,7 +196,13 @@ def _train(config, vocabulary, recipe, run: Path, data, held_out, about, *, repo
             state = _loop(state, data, held_out, recipe, saved, _tee(log, report))
     model = unstack_layers(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.model))
     save_hf(model, run / "model", tokenizer_file=run / "tokenizer.json", overwrite=True)
+    if state.exits is not None:
+        save_exits(policy_of(state.exits, config.num_layers, recipe), run / "exits.safetensors")
     return run / "model"
+
+
+def _size(tree: Any) -> int:
+    return sum(np.size(leaf) for leaf in jax.tree.leaves(tree) if np.ndim(leaf))
 
 
 def _open_data(run: Path, recipe: Recipe) -> tuple[TokenData, TokenData, Tokenizer]:
@@ -219,7 +243,9 @@ def _loop(state: TrainState, data: Data, held_out: Data, recipe: Recipe, saved, 
             report({"event": "step", "step": done, **values, "tokens_per_second": round(speed)})
         if done % recipe.eval_every == 0 or last:
             batches = [_arrays(held_out.batch(i, **shape)) for i in range(recipe.eval_batches)]
-            losses_KL = [np.asarray(eval_step(state.model, tokens, recipe, mask)) for tokens, mask in batches]
+            losses_KL = [
+                np.asarray(eval_step(state.model, tokens, recipe, mask, state.exits)) for tokens, mask in batches
+            ]
             losses_L = np.mean(losses_KL, axis=0)
             report({"event": "eval", "step": done, "exit_losses": [round(float(loss), 5) for loss in losses_L]})
         if saves:

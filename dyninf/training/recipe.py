@@ -4,38 +4,54 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
+Kind = Literal["layerskip", "soft", "plain", "frozen", "jei", "stop"]
 ComputeDtype = Literal["bfloat16", "float32"]
 ExitCurriculum = Literal["rotational", "gradual", "none"]
 ExitScale = Literal["paper", "uniform", "linear", "sum", "sqrt", "inv", "inv_sqrt"]
 DropoutSchedule = Literal["exp", "constant"]
 
-COUNTS = ("steps", "batch_size", "length", "exit_period", "chunk", "eval_every", "eval_batches", "save_every")
+COUNTS = ("steps", "batch_size", "length", "exit_period", "rank", "phase", "chunk")
+COUNTS += ("eval_every", "eval_batches", "save_every")
 CHOICES = {
+    "kind": get_args(Kind),
     "exit_curriculum": get_args(ExitCurriculum),
     "exit_scale": get_args(ExitScale),
     "dropout_schedule": get_args(DropoutSchedule),
     "compute_dtype": get_args(ComputeDtype),
 }
+HEADS = ("frozen", "jei", "stop")  # train exits beside a backbone that keeps its bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A LayerSkip training run; see :mod:`dyninf.training.layerskip` for the terms of the loss.
+    """A training run. What it trains and the loss are those of its kind:
+
+    - ``layerskip``: layer dropout and early-exit losses (:mod:`dyninf.training.layerskip`);
+    - ``soft``: the mean cross-entropy of every ``exit_period``-th depth (:mod:`dyninf.training.soft`);
+    - ``plain``: the cross-entropy of the last layer alone, without dropout;
+    - ``frozen``: adapters and gates of :class:`dyninf.depth.AdaptedExit` beside a frozen backbone;
+    - ``jei``: the readout and the gates of :class:`dyninf.depth.JointExit`, in turn, on frozen layers;
+    - ``stop``: the classifier of :class:`dyninf.depth.StopExit` beside a frozen model.
 
     Args:
+        kind: one of these; a field that names others is not read.
         steps: optimizer steps.
         batch_size: sequences per step.
         length: tokens predicted in each sequence.
         learning_rate: peak; warmed up linearly over ``warmup`` steps, then a cosine down to a tenth.
         weight_decay: on matrices only (AdamW).
         clip: largest global norm of a gradient.
-        dropout: probability of dropping the last layer at full schedule.
+        dropout: layerskip; probability of dropping the last layer at full schedule.
         dropout_schedule: ``exp`` rises from 0, for training from scratch; ``constant`` is for trained weights.
-        e_scale: strength of the early exits in the loss; 0 is the plain loss.
+        e_scale: layerskip; strength of the early exits in the loss; 0 is the plain loss.
         exit_scale: how the strength grows with depth; ``uniform`` and ``linear`` ask more of the early exits than
             ``paper``, which is about quadratic.
         exit_curriculum: which exits a step trains; with ``rotational`` every ``exit_period``-th, shifted by one each
             step, so that only ``ceil(L / exit_period) + 1`` readouts are computed.
+            For soft and jei, the exits are every ``exit_period``-th depth at every step.
+        rank: frozen; width of an exit's adapter.
+        price: jei; nats that all layers are worth.
+        phase: jei; steps before the readout and the gates take turns.
         compute_dtype: dtype of activations and of the weights they meet; the master weights stay float32.
         chunk: tokens whose logits exist at once.
         eval_every: steps between two held-out evaluations; ``eval_batches`` batches each.
@@ -46,6 +62,7 @@ class Recipe:
         ValueError: if a number is out of range or a name unknown.
     """
 
+    kind: Kind = "layerskip"
     steps: int
     batch_size: int
     length: int
@@ -60,6 +77,9 @@ class Recipe:
     exit_scale: ExitScale = "paper"
     exit_curriculum: ExitCurriculum = "rotational"
     exit_period: int = 4
+    rank: int = 16
+    price: float = 0.7
+    phase: int = 25
     compute_dtype: ComputeDtype = "bfloat16"
     chunk: int = 8192
     eval_every: int = 200
@@ -83,6 +103,7 @@ class Recipe:
             "clip": ("above 0 and finite", 0 < self.clip < math.inf),
             "weight_decay": ("at least 0 and finite", 0 <= self.weight_decay < math.inf),
             "e_scale": ("at least 0 and finite", 0 <= self.e_scale < math.inf),
+            "price": ("at least 0 and finite", 0 <= self.price < math.inf),
             "beta2": ("in [0, 1)", 0 <= self.beta2 < 1),
             "dropout": ("in [0, 1]", 0 <= self.dropout <= 1),
         }

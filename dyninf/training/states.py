@@ -14,7 +14,6 @@ import numpy as np
 
 from dyninf.model import CausalLM, readout_of
 from dyninf.training.layerskip import exit_loss
-from dyninf.training.step import hidden_states
 from pallas_kernels import prefill_attention
 
 CHUNK = 8192  # tokens whose logits exist at once; 1 GB in float32 at a vocabulary of 32 000
@@ -36,22 +35,37 @@ def exit_states(model: CausalLM, tokens_BT: jax.Array, depths: Sequence[int], *,
     num_layers = count_layers(model)
     check_depths(depths, num_layers)
     # Not the embedding: the gradient of its rows is a sum, which bfloat16 would round at every term.
-    model = model if dtype is None else _cast(model, dtype, part="layers")
+    model = model if dtype is None else cast(model, dtype, part="layers")
     if not hasattr(model.layers, "__len__"):
         keep_LB = jnp.ones((num_layers, tokens_BT.shape[0]), bool)
         return hidden_states(model, tokens_BT, keep_LB)[np.asarray(depths) - 1]
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-
-    def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
-        return prefill_attention(q_BTNH, k_BTKH, v_BTKH, None, window=window), None
-
     x_BTD, found = model.embed(tokens_BT), []
     x_BTD = x_BTD if dtype is None else x_BTD.astype(dtype)
     for index in range(depths[-1]):
-        x_BTD, _ = model.layers[index](x_BTD, positions_BT, attend)
+        x_BTD, _ = model.layers[index](x_BTD, positions_BT, _attend)
         if index + 1 in depths:
             found.append(x_BTD)
     return jnp.stack(found)
+
+
+def hidden_states(model: CausalLM, tokens_BT: jax.Array, keep_LB: jax.Array) -> jax.Array:
+    """Return the output of every layer ``[L, B, T, D]``, passing a sequence by layers that it drops.
+
+    Args:
+        model: with stacked layers; their dtype is that of the activations, whatever the embedding's is.
+        keep_LB: which layers run for which sequences.
+    """
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+
+    def body(x_BTD, inputs):
+        layer, keep_B = inputs
+        y_BTD, _ = layer(x_BTD, positions_BT, _attend)
+        x_BTD = jnp.where(keep_B[:, None, None], y_BTD, x_BTD)
+        return x_BTD, x_BTD
+
+    x_BTD = model.embed(tokens_BT).astype(model.layers.wqkv[...].dtype)
+    return jax.lax.scan(body, x_BTD, (model.layers, keep_LB))[1]
 
 
 def depth_loss(
@@ -84,7 +98,7 @@ def depth_loss(
     mask_BT = jnp.ones(targets_BT.shape, bool) if mask_BT is None else mask_BT
 
     def readout(x_BTD: jax.Array) -> jax.Array:
-        return (model if dtype is None else _cast(model, dtype)).unembed(x_BTD)
+        return (model if dtype is None else cast(model, dtype)).unembed(x_BTD)
 
     return exit_loss(readout, states_KBTD, targets_BT, jnp.asarray(weights_K), mask_BT, chunk)
 
@@ -128,11 +142,15 @@ def check_depths(depths: Sequence[int], num_layers: int) -> None:
         raise ValueError(f"expected ascending depths between 1 and {num_layers}, got {depths!r}; count layers from 1")
 
 
-def _cast(model: CausalLM, dtype: Any, *, part: str = "") -> CausalLM:
-    """Return the model with its floating-point arrays, those whose path names the part, in another dtype."""
+def cast(tree: Any, dtype: Any, *, part: str = "") -> Any:
+    """Return a tree with its floating-point arrays, those whose path names the part, in another dtype."""
 
-    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+    def one(path: tuple, leaf: jax.Array) -> jax.Array:
         wanted = part in jax.tree_util.keystr(path) and jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.astype(dtype) if wanted else leaf
 
-    return jax.tree_util.tree_map_with_path(cast, model)
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
+    return prefill_attention(q_BTNH, k_BTKH, v_BTKH, None, window=window), None

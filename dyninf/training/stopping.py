@@ -29,6 +29,9 @@ class StopReport:
         depth: mean number of layers that ran.
         accuracy: share of the tokens it does not stop at that are right at the depth where they ended.
         full_accuracy: share of all tokens that the last layer gets right.
+        hopeless: share of all tokens that no depth gets right.
+        hopeless_precision: share of the stops at these.
+        hopeless_recall: share of these at which the policy stops.
     """
 
     precision: jax.Array
@@ -38,6 +41,9 @@ class StopReport:
     depth: jax.Array
     accuracy: jax.Array
     full_accuracy: jax.Array
+    hopeless: jax.Array
+    hopeless_precision: jax.Array
+    hopeless_recall: jax.Array
 
 
 def stop_labels(predictions_EBT: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -101,7 +107,7 @@ def stop_loss(
     Raises:
         ValueError: if the policy does not fit the model.
     """
-    logits_KBT3, predictions_EBT = _classify(model, policy, tokens_BT1[:, :-1], chunk)
+    logits_KBT3, predictions_EBT = classify_stops(model, policy, tokens_BT1[:, :-1], chunk=chunk)
     labels_KBT = stop_labels(predictions_EBT, tokens_BT1[:, 1:])
     mask_BT = jnp.ones(tokens_BT1[:, 1:].shape, bool) if mask_BT is None else mask_BT
     right_KBT = (jnp.argmax(logits_KBT3, axis=-1) == labels_KBT).astype(jnp.float32)
@@ -132,10 +138,28 @@ def evaluate_stops(
         ValueError: if the policy does not fit the model.
     """
     num_layers = count_layers(model)
-    logits_KBT3, predictions_EBT = _classify(model, policy, tokens_BT1[:, :-1], chunk)
+    logits_KBT3, predictions_EBT = classify_stops(model, policy, tokens_BT1[:, :-1], chunk=chunk)
     mask_BT = jnp.ones(tokens_BT1[:, 1:].shape, bool) if mask_BT is None else mask_BT
     depths = (*policy.decision_layers(num_layers), num_layers)
     return judge_stops(policy, logits_KBT3, predictions_EBT, tokens_BT1[:, 1:], mask_BT, depths)
+
+
+def classify_stops(
+    model: CausalLM, policy: StopExit, tokens_BT: jax.Array, *, chunk: int = CHUNK
+) -> tuple[jax.Array, jax.Array]:
+    """Return the logits of the classifiers ``[K, B, T, 3]`` and what each depth predicts ``[K+1, B, T]``.
+
+    On the states of the dense model, through which no gradient goes.
+
+    Raises:
+        ValueError: if the policy does not fit the model.
+    """
+    num_layers = count_layers(model)
+    policy.validate(num_layers)
+    layers = policy.decision_layers(num_layers)
+    states_EBTD = jax.lax.stop_gradient(exit_states(model, tokens_BT, (*layers, num_layers)))
+    logits = [policy.logits(layer, x_BTD) for layer, x_BTD in zip(layers, states_EBTD[:-1], strict=True)]
+    return jnp.stack(logits), exit_predictions(model, states_EBTD, chunk=chunk)
 
 
 def judge_stops(
@@ -157,8 +181,9 @@ def judge_stops(
     index_1BT = jnp.argmax(decided_EBT, axis=0)[None]
     stops_EBT = jnp.concatenate([stops_KBT, jnp.zeros_like(stops_KBT[:1])])
     stopped_BT = jnp.take_along_axis(stops_EBT, index_1BT, axis=0)[0]
-    right_BT = jnp.take_along_axis(predictions_EBT, index_1BT, axis=0)[0] == targets_BT
-    full_right_BT = predictions_EBT[-1] == targets_BT
+    right_EBT = predictions_EBT == targets_BT[None]
+    full_right_BT, hopeless_BT = right_EBT[-1], ~jnp.any(right_EBT, axis=0)
+    right_BT = jnp.take_along_axis(right_EBT, index_1BT, axis=0)[0]
     early_BT = index_1BT[0] < logits_KBT3.shape[0]
 
     def share(values_BT: jax.Array, among_BT: jax.Array) -> jax.Array:
@@ -172,14 +197,7 @@ def judge_stops(
         depth=share(jnp.asarray(depths)[index_1BT[0]], mask_BT),
         accuracy=share(right_BT, ~stopped_BT),
         full_accuracy=share(full_right_BT, mask_BT),
+        hopeless=share(hopeless_BT, mask_BT),
+        hopeless_precision=share(hopeless_BT, stopped_BT),
+        hopeless_recall=share(stopped_BT, hopeless_BT),
     )
-
-
-def _classify(model: CausalLM, policy: StopExit, tokens_BT: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Return the classifiers' logits ``[K, B, T, 3]`` and what each depth predicts ``[K+1, B, T]``; model frozen."""
-    num_layers = count_layers(model)
-    policy.validate(num_layers)
-    layers = policy.decision_layers(num_layers)
-    states_EBTD = jax.lax.stop_gradient(exit_states(model, tokens_BT, (*layers, num_layers)))
-    logits = [policy.logits(layer, x_BTD) for layer, x_BTD in zip(layers, states_EBTD[:-1], strict=True)]
-    return jnp.stack(logits), exit_predictions(model, states_EBTD, chunk=chunk)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from dyninf.tasks import Vocabulary, mixture
 
 HELD_OUT = 1 << 33  # added to the seed; seeds of recipes are below 2**32
-KEYS = 1784  # enough for a context of 8192 tokens that is nothing but needles
+KEYS = 2048  # enough for a context of 8192 tokens that is nothing but needles
 MARKERS = ("[PAD]", "[BOS]", "[KEY]", "[VALUE]", "[ASSIGN]", "[SEP]", "[QUERY]", "[UNUSED]")
 
 
@@ -19,10 +19,12 @@ class TaskData:
 
     Args:
         tasks: name and weight of each.
+        questions: the most that are asked about one context; see :func:`dyninf.tasks.mixture`.
         offset: added to every seed; what is held out has another.
     """
 
     tasks: tuple[tuple[str, float], ...]
+    questions: int = 1
     vocabulary: Vocabulary = Vocabulary(num_keys=KEYS)
     offset: int = 0
 
@@ -36,7 +38,8 @@ class TaskData:
         Raises:
             ValueError: if a task is unknown, or the length too short or too long for it.
         """
-        mixture(*zip(*self.tasks, strict=True), _lengths(length), 0, 1, vocabulary=self.vocabulary)
+        numbers, rest = (_lengths(length), 0, 1), {"vocabulary": self.vocabulary, "questions": self.questions}
+        mixture(*zip(*self.tasks, strict=True), *numbers, **rest)
         for name, _ in self.tasks:
             for extreme in _lengths(length):
                 mixture([name], [1.0], extreme, 0, 1, vocabulary=self.vocabulary)
@@ -45,7 +48,14 @@ class TaskData:
         """Return the tokens ``int32 [B, length + 1]`` of a step and which of the last ``length`` are answers."""
         names, weights = zip(*self.tasks, strict=True)
         numbers = (_lengths(length), seed + self.offset, batch_size)
-        rows = mixture(names, weights, *numbers, start=step * batch_size, vocabulary=self.vocabulary)
+        rows = mixture(
+            names,
+            weights,
+            *numbers,
+            start=step * batch_size,
+            vocabulary=self.vocabulary,
+            questions=self.questions,
+        )
         return rows.tokens, rows.loss_mask[:, 1:]
 
     def tokenizer(self) -> Tokenizer:

@@ -91,6 +91,38 @@ def test_a_text_of_needles_holds_nothing_else():
         assert len(keys) == (2048 - 1 - 5) // 4 == len(set(keys.tolist()))
 
 
+@pytest.mark.parametrize(("task", "length"), CASES.values(), ids=CASES)
+def test_every_question_about_a_context_has_its_answers(task, length):
+    vocabulary = Vocabulary(num_keys=100, num_values=60, num_noise=9)
+    batch = mixture([task], [1.0], length, 7, 40, vocabulary=vocabulary, questions=30)
+    assert (batch.lengths == length).all()
+    numbers = []
+    for row, tokens in enumerate(batch.tokens.tolist()):
+        begin, flat = int(batch.questions[row]), [token for answer in batch.answers[row] for token in answer]
+        context, rest, asked = tokens[:begin], tokens[begin:], []
+        answer = int(batch.loss_mask[row].argmax()) - begin
+        size = answer + len(flat)
+        assert rest[answer:size] == flat and len(rest) % size == 0
+        for start in range(0, len(rest), size):
+            question, answers = rest[start : start + answer], rest[start + answer : start + size]
+            widths = len(batch.answers[row]), len(batch.answers[row][0])
+            assert solve(vocabulary, context + question, *widths) == answers
+            assert not batch.loss_mask[row, begin + start :][:answer].any()
+            assert batch.loss_mask[row, begin + start + answer :][: len(flat)].all()
+            asked += question[2:-1]
+        assert len(set(asked)) == len(asked)  # no answer can be copied from an earlier question
+        assert to_samples(batch)[row].target_ids == tuple(flat)
+        numbers.append(len(rest) // size)
+    assert max(numbers) <= 30 and (max(numbers) > 2) == (not isinstance(task, Frequent | Common) and length > 20)
+
+
+@pytest.mark.parametrize(("name", "length"), [("multikey_all", 4096), ("frequent", 32768)])
+def test_long_texts_take_what_the_vocabulary_has(name, length):
+    tokens = draw(name, length, 0, 1).tokens[0]
+    ids = Vocabulary().keys if name == "multikey_all" else Vocabulary().values
+    assert tokens.shape == (length,) and set(tokens.tolist()) >= set(ids)
+
+
 @pytest.mark.parametrize("depth", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("num_keys", [1, 4, None])
 def test_depth_is_obeyed_and_recorded(depth, num_keys):
@@ -201,15 +233,15 @@ def test_samples_of_a_batch():
         ("frequent", 17, {}, "at least 18 tokens"),
         ("common", 74, {}, "at least 75 tokens"),
         (
-            "multikey_all",
+            Needles(num_keys=601),
             4096,
             {},
-            r"at least 1022 keys for the task 'multikey_all', got 600; use Vocabulary\(num_keys",
+            r"at least 601 keys for the task 'needle', got 600; use Vocabulary\(num_keys",
         ),
         ("tracking", 64, {"vocabulary": Vocabulary(num_keys=9)}, "at least 10 keys"),
         ("tracking", 64, {"vocabulary": Vocabulary(num_values=1)}, "at least 2 values"),
         ("multivalue", 64, {"vocabulary": Vocabulary(num_values=3)}, "at least 4 values"),
-        ("frequent", 2048, {"vocabulary": Vocabulary(num_values=39)}, "at least 40 values"),
+        (Frequent(num_words=40), 2048, {"vocabulary": Vocabulary(num_values=39)}, "at least 40 values"),
         ("common", 2048, {"vocabulary": Vocabulary(num_values=10)}, "at least 11 values"),
         (Common(common_repeats=1), 200, {}, "common_repeats above other_repeats"),
         ("needle", (64, 32), {}, "least length first"),

@@ -14,7 +14,8 @@ import dyninf
 from dyninf.models import ModelConfig, Transformer, stack_layers, unstack_layers
 from dyninf.models.parameters import named_parameters
 from dyninf.training.recipe import Recipe
-from dyninf.training.step import eval_step, hidden_states, init_state, optimizer, train_step
+from dyninf.training.states import hidden_states
+from dyninf.training.step import eval_step, init_state, optimizer, train_step
 
 CONFIG = ModelConfig(
     vocab_size=47,

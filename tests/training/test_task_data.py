@@ -29,6 +29,15 @@ def test_batches_are_functions_of_seed_and_step():
     assert set(mask.sum(axis=1)) <= {1, 2, 3, 4, 5} and np.isin(tokens[:, 1:][mask], DATA.vocabulary.values).any()
 
 
+def test_several_questions_make_several_answers():
+    many = dataclasses.replace(DATA, questions=8)
+    tokens, mask = many.batch(4, **SHAPE)
+    assert mask.sum() > DATA.batch(4, **SHAPE)[1].sum() and np.isin(tokens[:, 1:][mask], DATA.vocabulary.values).all()
+    assert np.array_equal(tokens, many.batch(4, **SHAPE)[0])
+    with pytest.raises(ValueError, match="questions to be an integer of at least 1"):
+        dataclasses.replace(DATA, questions=0).check(120)
+
+
 def test_only_answers_count():
     config = dataclasses.replace(TINY, vocab_size=DATA.vocabulary.size, num_layers=2)
     recipe = dataclasses.replace(TINY_RECIPE, length=120, batch_size=3)
@@ -57,13 +66,13 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
     sizes = ("steps=2", "length=160", "batch_size=2", "eval_every=2", "eval_batches=1", "save_every=2", "warmup=1")
     changes = [part for size in sizes for part in ("--set", f"recipe.{size}")] + ["--set", "model.num_layers=2"]
     arguments = ["train", "--run", str(tmp_path / "run"), *changes]
-    assert main([*arguments, "--tasks", "needle,tracking=2"]) == 0
+    assert main([*arguments, "--tasks", "needle,tracking=2", "--questions", "4"]) == 0
     model = load(tmp_path / "run" / "model")
     assert (
         model.config.vocab_size == DATA.vocabulary.size == load_tokenizer(tmp_path / "run" / "model").get_vocab_size()
     )
     begun = json.loads((tmp_path / "run" / "recipe.json").read_text())
-    assert begun["data"]["tasks"] == {"needle": 1.0, "tracking": 2.0}
+    assert begun["data"]["tasks"] == {"needle": 1.0, "tracking": 2.0} and begun["data"]["questions"] == 4
     assert all(bool(jnp.all(jnp.isfinite(leaf.astype(jnp.float32)))) for leaf in jax.tree.leaves(model))
     capsys.readouterr()
     for tasks, said in (("needle", "data.tasks"), ("bogus", "one of the token tasks"), ("needle,needle", "different")):
@@ -71,6 +80,8 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
         assert said in capsys.readouterr().err
     assert main([*arguments, "folder", "--tasks", "needle"]) == 2
     assert "one of them" in capsys.readouterr().err
+    assert main([*arguments, "folder", "--questions", "4"]) == 2
+    assert "--questions beside --tasks" in capsys.readouterr().err
     assert main(["train", "--run", str(tmp_path / "short"), "--tasks", "tracking", "--set", "recipe.length=64"]) == 2
     assert "at least" in capsys.readouterr().err and not (tmp_path / "short").exists()
 

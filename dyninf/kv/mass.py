@@ -1,0 +1,49 @@
+"""Attention mass: how much attention a set of queries pays to each key, the raw material of most scorers."""
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 128  # queries whose probabilities exist at once
+
+
+def attention_mass(q_BTNH: jax.Array, k_BSKH: jax.Array, readable_BTSK: jax.Array) -> jax.Array:
+    """Return the attention that each key receives ``[B, S, K]``, float32: summed over queries, averaged over a group.
+
+    Args:
+        q_BTNH: queries; query head n asks key/value head ``n // G``.
+        readable_BTSK: which keys a query may read, of any shape that broadcasts; a query that reads none pays nothing.
+    """
+    batch, length, _, head_dim = q_BTNH.shape
+    groups = q_BTNH.reshape(batch, length, k_BSKH.shape[2], -1, head_dim)
+    scores = jnp.einsum("btkgh,bskh->btskg", groups, k_BSKH, preferred_element_type=jnp.float32) * head_dim**-0.5
+    readable = readable_BTSK[..., None]
+    scores = jnp.where(readable, scores, -jnp.inf)
+    top = jnp.max(scores, axis=2, keepdims=True)
+    weights = jnp.where(readable, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
+    total = jnp.sum(weights, axis=2, keepdims=True)
+    return jnp.sum(jnp.mean(weights / jnp.where(total > 0, total, 1.0), axis=-1), axis=1)
+
+
+def prompt_mass(q_BTNH: jax.Array, k_BTKH: jax.Array, lengths_B: jax.Array, *, last: int | None = None) -> jax.Array:
+    """Return the attention that each token of a prompt receives from its tokens ``[B, T, K]``.
+
+    Args:
+        last: count the last ``last`` queries of each prompt only; ``None`` for all, which takes time quadratic in T.
+    """
+    batch, length = k_BTKH.shape[:2]
+    slot_T = jnp.arange(length)
+
+    def mass(asking_BW: jax.Array) -> jax.Array:
+        """Return the mass of the queries at these positions; others than a prompt's own ask nothing."""
+        q_BWNH = jnp.take_along_axis(q_BTNH, jnp.clip(asking_BW, 0, length - 1)[:, :, None, None], axis=1)
+        real_BW = (asking_BW >= 0) & (asking_BW < lengths_B[:, None])
+        readable_BWT = real_BW[:, :, None] & (slot_T[None, None] <= asking_BW[:, :, None])
+        return attention_mass(q_BWNH, k_BTKH, readable_BWT[..., None])
+
+    if last is not None:
+        return mass(lengths_B[:, None] - min(last, length) + jnp.arange(min(last, length))[None])
+    starts = jnp.arange(0, length, CHUNK)
+    chunk = lambda start: mass(jnp.broadcast_to(start + jnp.arange(min(CHUNK, length)), (batch, min(CHUNK, length))))  # noqa: E731
+    return jax.lax.scan(
+        lambda total, start: (total + chunk(start), None), jnp.zeros(k_BTKH.shape[:3], jnp.float32), starts
+    )[0]

@@ -1,0 +1,147 @@
+"""A cache of a fixed number of slots that forgets the lowest scores: what every evicting method shares."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dyninf.cache import LayerCache, write_prompt
+from dyninf.kv.base import KVScorer, PromptKV, StepKV
+from dyninf.kv.mass import attention_mass
+from dyninf.pytree import pytree
+
+LOWEST = -3e38  # of scores that are not a number; above that of slots which hold nothing
+
+
+@pytree(static=("budget", "sinks", "recent"))
+class TopK:
+    """Keep ``budget`` tokens in every layer, the first and the newest ones among them, the rest by their scores.
+
+    Each key/value head keeps its own. A prompt is attended to in full and evicted layer by layer, so that the full
+    cache of all layers never exists; every later token takes the slot of the lowest score before it attends. Exact
+    while a sequence is not longer than the budget.
+
+    Args:
+        scorer: the method.
+        budget: slots of a layer, and tokens that a decode step reads at most, its own included.
+        sinks: first tokens of a sequence that are always kept.
+        recent: newest tokens that are always kept, the current one included (at least 1).
+
+    Raises:
+        ValueError: from :func:`dyninf.plan.check`, if the budget has no room for sinks and recent tokens.
+    """
+
+    scorer: KVScorer
+    budget: int
+    sinks: int = 4
+    recent: int = 1
+
+    def validate(self) -> None:
+        """Raise ValueError if a parameter is out of its range."""
+        if not isinstance(self.scorer, KVScorer):
+            raise ValueError(f"expected a KVScorer for TopK, got {self.scorer!r}")
+        for name, least in (("budget", 1), ("sinks", 0), ("recent", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+        if self.budget < self.sinks + self.recent:
+            raise ValueError(
+                f"expected a budget of at least sinks + recent = {self.sinks + self.recent} tokens, got {self.budget}; "
+                "raise it, or keep fewer of these"
+            )
+        self.scorer.validate()
+
+    def compress(self, cache: LayerCache, obs: PromptKV, active_BT: jax.Array) -> LayerCache:
+        """Return the empty ``cache`` of a layer with what is kept of a prompt, in the order of the text."""
+        _, length, num_heads, _ = obs.k_BTKH.shape
+        slots = cache.k.shape[1]
+        scores_BTK = jnp.where(active_BT[:, :, None], _sound(self.scorer.prompt(obs)), -jnp.inf)
+        position_T = jnp.arange(length)
+        if length <= slots:
+            filled = write_prompt(cache, obs.k_BTKH, obs.v_BTKH, active_BT)
+            put = lambda array, values: jax.lax.dynamic_update_slice(array, values, (0, 0, 0))  # noqa: E731
+            positions_BTK = jnp.where(active_BT[:, :, None], position_T[None, :, None], -1)
+            positions_BTK = jnp.broadcast_to(positions_BTK, scores_BTK.shape).astype(jnp.int32)
+            return dataclasses.replace(
+                filled, positions=put(cache.positions, positions_BTK), scores=put(cache.scores, scores_BTK)
+            )
+        forced_BT = self._forced(position_T[None], obs.lengths_B[:, None]) & active_BT
+        ranks_BTK = jnp.where(forced_BT[:, :, None], jnp.inf, scores_BTK)
+        _, chosen_BKS = jax.lax.top_k(jnp.moveaxis(ranks_BTK, 1, 2), slots)
+        active_BKT = jnp.broadcast_to(active_BT[:, None], (active_BT.shape[0], num_heads, length))
+        exists_BKS = jnp.take_along_axis(active_BKT, chosen_BKS, axis=2)
+        chosen_BKS = jnp.sort(jnp.where(exists_BKS, chosen_BKS, length), axis=2)
+        chosen_BSK = jnp.moveaxis(chosen_BKS, 2, 1)
+        exists_BSK = chosen_BSK < length
+
+        def take(array, empty):
+            index = jnp.minimum(chosen_BSK, length - 1).reshape(chosen_BSK.shape + (1,) * (array.ndim - 3))
+            exists = exists_BSK.reshape(index.shape)
+            return jnp.where(exists, jnp.take_along_axis(array, index, axis=1), empty)
+
+        return dataclasses.replace(
+            cache,
+            k=take(obs.k_BTKH.astype(cache.k.dtype), jnp.zeros((), cache.k.dtype)),
+            v=take(obs.v_BTKH.astype(cache.v.dtype), jnp.zeros((), cache.v.dtype)),
+            positions=jnp.where(exists_BSK, chosen_BSK, -1).astype(jnp.int32),
+            scores=take(scores_BTK, -jnp.inf),
+        )
+
+    def store(
+        self, cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, written_BT: jax.Array
+    ) -> LayerCache:
+        """Put one new token of each sequence into the first free slot, or into that of the lowest score.
+
+        Raises:
+            ValueError: for more than one token of a sequence.
+        """
+        if k_BTKH.shape[1] != 1:
+            raise ValueError(f"expected one new token of each sequence for a cache that evicts, got {k_BTKH.shape[1]}")
+        k_BKH, v_BKH, position_B = k_BTKH[:, 0], v_BTKH[:, 0], positions_BT[:, 0]
+        slots, rows = cache.k.shape[1], jnp.arange(k_BKH.shape[0])[:, None]
+        forced_BSK = self._forced(cache.positions, position_B[:, None, None] + 1)
+        victim_BK = jnp.argmin(jnp.where(forced_BSK, jnp.inf, cache.scores), axis=1)
+        slot_BK = jnp.where((position_B < slots)[:, None], position_B[:, None], victim_BK)
+        slot_BK = jnp.where(written_BT, slot_BK, slots)
+        heads = jnp.arange(k_BKH.shape[1])[None]
+
+        def put(array, values):
+            return array.at[rows, slot_BK, heads].set(values, mode="drop", unique_indices=True)
+
+        arrived_BK = _sound(self.scorer.arrive(k_BKH, position_B))
+        return dataclasses.replace(
+            cache,
+            k=put(cache.k, k_BKH.astype(cache.k.dtype)),
+            v=put(cache.v, v_BKH.astype(cache.v.dtype)),
+            positions=put(cache.positions, jnp.broadcast_to(position_B[:, None], slot_BK.shape)),
+            scores=put(cache.scores, arrived_BK),
+        )
+
+    def observe(
+        self, cache: LayerCache, q_BTNH: jax.Array, positions_BT: jax.Array, active_BT: jax.Array
+    ) -> LayerCache:
+        """Return the cache with the scores after a decode step; sequences that did not attend keep theirs."""
+        held_BSK = cache.positions >= 0
+        obs = StepKV(
+            q_BNH=q_BTNH[:, 0],
+            k_BSKH=cache.k,
+            positions_BSK=cache.positions,
+            position_B=positions_BT[:, 0],
+            mass=lambda: attention_mass(q_BTNH, cache.k, held_BSK[:, None]),
+        )
+        scores_BSK = _sound(self.scorer.update(cache.scores, obs))
+        changed_BSK = held_BSK & active_BT[:, :, None]
+        return dataclasses.replace(cache, scores=jnp.where(changed_BSK, scores_BSK, cache.scores))
+
+    def _forced(self, positions: jax.Array, length: jax.Array) -> jax.Array:
+        """Return which positions of sequences of this length are kept whatever their score."""
+        return (positions >= 0) & ((positions < self.sinks) | (positions >= length - self.recent))
+
+
+def slots_for(evict: object, capacity: int) -> int:
+    """Return the slots of a layer for sequences of ``capacity`` tokens."""
+    return min(capacity, evict.budget) if isinstance(evict, TopK) else capacity
+
+
+def _sound(scores: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(scores), LOWEST, scores.astype(jnp.float32))
