@@ -1,7 +1,7 @@
 """When to say nothing: how well a classifier finds the tokens that no layer gets right, and what stopping there saves.
 
 The classifier of :class:`dyninf.depth.StopExit` is trained beside a frozen model on the training tokens of a run
-directory (as ``dyninf train --recipe stop`` does), then judged on held-out text in two ways, for every pair of thresholds:
+directory (as ``dyninf train --recipe stop`` does), then judged on held-out text in two ways, for pairs of thresholds:
 
 - token by token on the states of the dense model: precision and recall of its stops, where "right" means that the
   token to find is one that no layer predicts;

@@ -16,10 +16,11 @@ from dyninf.kv.top_k import TopK
 from dyninf.model import Attend
 from pallas_kernels import decode_attention, prefill_attention
 
+KEEP_ALL = KeepAll()
 LayerAttend = Callable[[LayerCache | None, jax.Array], Attend]
 
 
-def attend_prompt(lengths_B: jax.Array, evict: TopK | KeepAll) -> LayerAttend:
+def attend_prompt(lengths_B: jax.Array, evict: TopK | KeepAll = KEEP_ALL) -> LayerAttend:
     """Attend among the T tokens of a prompt and store their keys and values, or what is kept, in an empty cache."""
 
     def for_layer(cache: LayerCache | None, active_BT: jax.Array) -> Attend:
@@ -37,7 +38,7 @@ def attend_prompt(lengths_B: jax.Array, evict: TopK | KeepAll) -> LayerAttend:
 
 
 def attend_cached(
-    positions_BT: jax.Array, live_BT: jax.Array, evict: TopK | KeepAll, *, write_inactive: bool
+    positions_BT: jax.Array, live_BT: jax.Array, evict: TopK | KeepAll = KEEP_ALL, *, write_inactive: bool
 ) -> LayerAttend:
     """Attend from new tokens over the cache, to which their keys and values are added.
 

@@ -16,7 +16,7 @@ from dyninf.cli.calibrated import read_calibrated
 from dyninf.configs.plans import plans
 from dyninf.training.exits_file import load_exits
 
-HIDDEN = ("sparsity", "evict", "select", "draft")  # fields that hold only their identity element in this version
+HIDDEN = ("sparsity", "select", "draft")  # fields that hold only their identity element in this version
 
 
 def add_plan_options(parser: argparse.ArgumentParser, *, default: str | None) -> None:

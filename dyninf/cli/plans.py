@@ -9,6 +9,7 @@ from dyninf import describe
 from dyninf.cli.common import check_positive, table_console
 from dyninf.cli.plan_options import fields, policies, shown
 from dyninf.configs.plans import plans
+from dyninf.kv import KeepAll
 
 EXAMPLES = """\
 examples:
@@ -41,7 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name, plan in plans(arguments.layers).items():
         changeable = " ".join(f"{path}={shown(value)}" for path, value in fields(plan).items())
         table.add_row(name, describe(plan), changeable)
-        summaries |= {type(policy).__name__: _first_line(policy) for policy in policies(plan.depth)}
+        held = [*policies(plan.depth), *([] if plan.evict == KeepAll() else policies(plan.evict))]
+        summaries |= {type(policy).__name__: _first_line(policy) for policy in held}
     legend = Table(title="Policies", title_justify="left")
     legend.add_column("policy", no_wrap=True)
     legend.add_column("what it does")

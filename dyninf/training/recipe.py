@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
+Start = Literal["normal", "retrieval"]
 Kind = Literal["layerskip", "soft", "plain", "frozen", "jei", "stop"]
 ComputeDtype = Literal["bfloat16", "float32"]
 ExitCurriculum = Literal["rotational", "gradual", "none"]
@@ -14,6 +15,7 @@ COUNTS = ("steps", "batch_size", "length", "exit_period", "rank", "phase", "chun
 COUNTS += ("eval_every", "eval_batches", "save_every")
 CHOICES = {
     "kind": get_args(Kind),
+    "start": get_args(Start),
     "exit_curriculum": get_args(ExitCurriculum),
     "exit_scale": get_args(ExitScale),
     "dropout_schedule": get_args(DropoutSchedule),
@@ -35,6 +37,8 @@ class Recipe:
 
     Args:
         kind: one of these; a field that names others is not read.
+        start: initial weights of a new model: small random ones, or those of
+            :func:`dyninf.training.retrieval_start.retrieval_start`.
         steps: optimizer steps.
         batch_size: sequences per step.
         length: tokens predicted in each sequence.
@@ -63,6 +67,7 @@ class Recipe:
     """
 
     kind: Kind = "layerskip"
+    start: Start = "normal"
     steps: int
     batch_size: int
     length: int

@@ -27,6 +27,7 @@ from dyninf.training.layerskip import (
     layer_dropout_rates,
 )
 from dyninf.training.recipe import Recipe
+from dyninf.training.retrieval_start import retrieval_start
 from dyninf.training.soft import soft_depths, soft_loss
 from dyninf.training.states import cast, hidden_states
 
@@ -63,12 +64,16 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def init_state(config: ModelConfig, recipe: Recipe, model: Transformer | None = None) -> TrainState:
-    """Return the state before the first step, with random weights or those of ``model`` (a list of layers).
+    """Return the state before the first step, with the recipe's first weights or those of ``model`` (listed layers).
 
     Raises:
-        ValueError: if the recipe's exits do not fit the model.
+        ValueError: if the recipe's exits or first weights do not fit the model.
     """
-    model = Transformer(config, jax.random.key(recipe.seed)) if model is None else model
+    if model is None:
+        key = jax.random.key(recipe.seed)
+        model = Transformer(config, key)
+        if recipe.start == "retrieval":
+            model = retrieval_start(model, jax.random.fold_in(key, 1))
     model, exits = begin_heads(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model), recipe)
     model = stack_layers(model)
     trained = model if exits is None else trained_arrays(model, exits, recipe)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from bench import recipes, report, stops
+from bench import recipes, stops, tables
 from dyninf import models
 from dyninf.configs.training import TINY, TINY_RECIPE
 from dyninf.training.corpus import Document
@@ -25,9 +25,9 @@ def test_an_accuracy_between_two_points_of_a_curve():
     curve = [
         {"layers": layers, "accuracy": right} for layers, right in ((8.0, 0.6), (2.0, 0.2), (4.0, 0.5), (2.0, 0.3))
     ]
-    assert report.interpolate(curve, 6.0) == pytest.approx(0.55)  # half way from 4 to 8 layers
-    assert report.interpolate(curve, 3.0) == pytest.approx(0.4)
-    assert report.interpolate(curve, 1.9) is None and report.interpolate(curve, 8.1) is None
+    assert tables.interpolate(curve, 6.0) == pytest.approx(0.55)  # half way from 4 to 8 layers
+    assert tables.interpolate(curve, 3.0) == pytest.approx(0.4)
+    assert tables.interpolate(curve, 1.9) is None and tables.interpolate(curve, 8.1) is None
 
 
 def test_how_completions_are_judged():

@@ -94,7 +94,7 @@ def test_help_lists_the_settings(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     shown = capsys.readouterr().out
-    assert f"recipe.steps={TINY_RECIPE.steps}, " in shown and f"model.d_ff={TINY.d_ff}, " in shown
+    assert f"recipe.steps={TINY_RECIPE.steps}," in shown and f"model.d_ff={TINY.d_ff}, " in shown
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):

@@ -1,0 +1,268 @@
+"""The tables of the project's pages, made from the committed result rows."""
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# Device copy rate measured on the H200 (bytes read and written); the floor of a step is its bytes over this rate.
+H200_COPY_GB_S = 4140.0
+
+
+def decode_table() -> str:
+    """Return decode speed at the Llama-3-8B shape, dense and under static plans."""
+    rows = read_rows("decode_h200")
+    lines = []
+    for row in rows:
+        share = row["achieved_gb_s"] / H200_COPY_GB_S
+        lines.append(
+            [
+                row["plan"],
+                str(row["batch"]),
+                f"{row['filled']} of {row['context']}",
+                f"{row['median_ms']:.2f}",
+                f"{row['tokens_per_s']:.0f}",
+                f"{row['speedup']:.2f}x",
+                f"{row['achieved_gb_s'] / 1000:.2f}",
+                f"{100 * share:.0f} %",
+            ]
+        )
+    about = rows[0]
+    head = ["plan", "batch", "cache filled", "ms/step", "tokens/s", "against dense", "TB/s", "of the floor"]
+    note = f"\n{about['device']}, {about['dtype']}, jax {about['jax']}, commit {about['commit']}, random weights.\n"
+    return _table(head, lines) + note
+
+
+PROGRAMS = {
+    "dense_list": "dense, a list of layers (XLA)",
+    "dense_indexed": "dense, stacked layers, driver `indexed`",
+    "indexed": "depth decided by data, `indexed`",
+    "indexed_cosine": "the same, states compared before every layer",
+    "segments": "depth decided by data, `segments`: a conditional for each layer",
+    "naive_while": "`lax.while_loop` over stacked weights",
+    "naive_scan": "`lax.scan` over stacked weights",
+    "naive_cond": "`lax.cond` for each layer of stacked weights",
+    "masked": "every layer, states frozen (`masked`)",
+    "compact": "rows that go on gathered (`Compact`), capacity",
+    "catch_up": 'upper layers later (`fill="catch_up"`)',
+}
+
+
+def depth_table(name: str) -> str:
+    """Return what dynamic depth costs and saves, beside the programs one would write first."""
+    rows = read_rows(name)
+    kinds = list(PROGRAMS)
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["batch"], kinds.index(_kind(row["program"])))):
+        lines.append(
+            [
+                _described(row["program"]),
+                str(row["batch"]),
+                f"{row['layers_run']:.0f}",
+                f"{row['median_ms']:.2f}",
+                f"{row['tokens_per_s']:.0f}",
+                f"{row['speedup']:.2f}x" if row["speedup"] else "",
+                f"{row['achieved_gb_s'] / 1000:.2f}",
+            ]
+        )
+    about = rows[0]
+    head = ["program", "batch", "layers run", "ms/step", "tokens/s", "against dense (XLA)", "TB/s"]
+    note = (
+        f"\nLlama-3-8B shape, random weights, {about['filled']} of {about['context']} slots filled, {about['device']}, "
+        f"{about['dtype']}, jax {about['jax']}, {_commits(rows)}.\n"
+    )
+    return _table(head, lines) + note
+
+
+def decisions_table() -> str:
+    """Return what it costs to ask each rule, against the same kernel that is never asked."""
+    rows = [row for row in read_rows("decisions_h200") if row["program"] != "dense_list"]
+    dense = next(row for row in read_rows("depth_h200") if row["program"] == "dense_indexed" and row["batch"] == 1)
+    layers, asked = dense["layers_run"], 7
+    layer = dense["median_ms"] / layers
+    lines = []
+    for row in rows:
+        cost = (row["median_ms"] - dense["median_ms"]) / asked
+        rule = row["program"].removeprefix("indexed_")
+        lines.append([rule, f"{row['median_ms']:.2f}", f"{1000 * cost:.0f}", f"{100 * cost / layer:.0f} %"])
+    head = ["rule", "ms/step", "us a question", "of a layer"]
+    note = (
+        f"\nAsked before {asked} of {layers:.0f} layers, never leaving; Llama-3-8B shape, batch 1, "
+        f"{rows[0]['device']}, jax {rows[0]['jax']}, {_commits(rows)}.\n"
+    )
+    return _table(head, lines) + note
+
+
+def _described(program: str) -> str:
+    kind = _kind(program)
+    return f"{PROGRAMS[kind]} {program.removeprefix('compact_')}" if kind == "compact" else PROGRAMS[kind]
+
+
+def _kind(program: str) -> str:
+    return "compact" if program.startswith("compact_") else re.sub("_(all|half|quarter)$", "", program)
+
+
+def _commits(rows: list[dict]) -> str:
+    found = sorted({row["commit"] for row in rows})
+    return f"commit{'s' * (len(found) > 1)} {' and '.join(found)}"
+
+
+TASKS = ("needle", "multikey_4", "multikey_all", "multivalue", "multiquery", "tracking", "tracking_names", "frequent")
+TASKS += ("common",)
+
+
+def recall_table(name: str) -> str:
+    """Return the score of every plan on the token tasks."""
+    rows = read_rows(name)
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    scores = {(row["plan"], row["task"]): f"{100 * row['score']:.0f}" for row in rows}
+    plans = list(dict.fromkeys(row["plan"] for row in rows))
+    held = {row["plan"]: max(r["kv_live"] for r in rows if r["plan"] == row["plan"]) for row in rows}
+    lines = [[plan, f"{held[plan]:.0f}", *(scores.get((plan, task), "") for task in tasks)] for plan in plans]
+    about = rows[0]
+    when = {"with": "the question is part of the prompt", "after": "the question comes after the context was evicted"}
+    note = (
+        f"\nScore in %, {about['samples']} samples of {about['length']} tokens; {when[about['query']]}. "
+        f"{about['device']}, {about['dtype']}, jax {about['jax']}.\n"
+    )
+    return _table(["plan", "tokens held", *tasks], lines) + note
+
+
+def recall_lengths_table() -> str:
+    """Return the share of answers that the recall model gets wholly right, by length."""
+    rows = read_rows("recall_lengths_h200")
+    lines = [[str(row["length"]), *(f"{100 * row['exact'][task]:.0f}" for task in TASKS)] for row in rows]
+    about = rows[0]
+    note = (
+        f"\nAnswers right to the last token, %, by teacher forcing; {about['samples']} samples each, "
+        f"{about['device']}, {about['dtype']}, jax {about['jax']}.\n"
+    )
+    return _table(["tokens", *TASKS], lines) + note
+
+
+def compare_table(name: str) -> str:
+    """Return what plans predict, need and save on the shipped model's held-out text."""
+    about = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    lines = [
+        [
+            row["plan"],
+            f"{row['bits_per_byte']:.3f}",
+            f"{100 * row['accuracy']:.1f} %",
+            f"{100 * row['accuracy_of_dense']:.1f} %",
+            f"{row['layers_needed']:.2f} ({100 * row['layers_needed_share']:.0f} %)",
+            f"{1000 * row['seconds_per_token']:.2f}",
+            f"{row['speedup']:.2f}x",
+        ]
+        for row in about["plans"]
+    ]
+    head = ["plan", "bits/byte", "next token right", "of dense", "layers needed", "ms/token", "against dense"]
+    note = f"\n{about['device']}, {about['dtype']}, jax {about['jax']}, {about['tokens']} held-out tokens.\n"
+    return _table(head, lines) + note
+
+
+def exits_table() -> str:
+    """Return the share of tokens that each exit layer gets right."""
+    about = json.loads((RESULTS / "eval_cpu.json").read_text(encoding="utf-8"))
+    lines = [
+        [str(row["layers"]), *(f"{100 * row[name]:.1f} %" for name in ("right", "first_right", "agreement"))]
+        for row in about["exits"]
+    ]
+    head = ["exit after layer", "right", "right here first", "agrees with layer 16"]
+    note = (
+        f"\nRight at no layer: {100 * about['right_nowhere']:.1f} %. Full model: {about['bits_per_byte']:.3f} bits "
+        f"per byte. {about['tokens']} held-out tokens.\n"
+    )
+    return _table(head, lines) + note
+
+
+RECIPES = {
+    "layerskip": "LayerSkip",
+    "soft": "SoFT",
+    "plain": "last layer only",
+    "frozen": "frozen backbone, adapters and gates",
+    "jei": "frozen backbone, JEI-DNN's gates",
+}
+
+
+def recipes_table() -> str:
+    """Return what each training recipe leaves at its exits, for equal tokens."""
+    rows = read_rows("recipes_h200")
+    num_layers = rows[0]["shapes"]["num_layers"]
+    depths, shares = [num_layers * part // 4 for part in (1, 2, 3, 4)], (50, 75)
+    lines = []
+    for row in rows:
+        found = [interpolate(row["curve"], num_layers * share / 100) for share in shares]
+        lines.append(
+            [
+                RECIPES[row["variant"]],
+                f"{row['parameters'] / 1e6:.2f}",
+                *(f"{100 * row['exits'][depth - 1]:.1f} %" for depth in depths),
+                *("" if right is None else f"{100 * right:.1f} %" for right in found),
+            ]
+        )
+    about = rows[0]
+    head = ["recipe", "million parameters", *(f"right at layer {depth}" for depth in depths)]
+    head += [f"leaving by the rule, {share} % of the layers" for share in shares]
+    note = (
+        f"\n{about['training_tokens'] / 1e6:.1f} million training tokens each, {about['heldout_tokens']} held-out; "
+        f"{about['device']}, jax {about['jax']}, commit {about['commit']}.\n"
+    )
+    return _table(head, lines) + note
+
+
+def interpolate(curve: list[dict[str, float]], layers: float) -> float | None:
+    """Return a curve's accuracy at a mean number of layers, between its points; ``None`` outside of them."""
+    points = sorted((point["layers"], point["accuracy"]) for point in curve)
+    for (left, low), (right, high) in pairwise(points):
+        if left <= layers <= right:
+            return low if left == right else low + (high - low) * (layers - left) / (right - left)
+    return None
+
+
+def stops_table() -> str:
+    """Return how well stops find the tokens that no layer gets right, and what they save."""
+    rows = [row for row in read_rows("stops_cpu") if row["exit_threshold"] == 1.0]
+    names = ("hopeless_precision", "hopeless_recall", "tokens_saved", "useful", "useful_lost")
+    lines = [
+        [
+            "never" if row["stop_threshold"] == 1.0 else f"{row['stop_threshold']:g}",
+            *(f"{100 * row[name]:.1f} %" for name in names),
+            f"{row['rouge_l']:.3f}",
+        ]
+        for row in rows
+    ]
+    about = rows[0]
+    head = ["stop above", "precision", "recall", "tokens saved", "useful", "useful tokens lost", "ROUGE-L"]
+    note = (
+        f"\nRight at no layer: {100 * about['hopeless']:.1f} % of {about['heldout_tokens']} held-out tokens; "
+        f"{about['completions']} completions; {about['device']}, jax {about['jax']}, commit {about['commit']}.\n"
+    )
+    return _table(head, lines) + note
+
+
+def read_rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+TABLES = {
+    "depth": lambda: depth_table("depth_h200"),
+    "depth_64k": lambda: depth_table("depth_64k_h200"),
+    "decisions": decisions_table,
+    "batch": lambda: depth_table("batch_h200"),
+    "recall": lambda: recall_table("recall_h200"),
+    "recall_after": lambda: recall_table("recall_after_cpu"),
+    "recall_lengths": recall_lengths_table,
+    "decode": decode_table,
+    "compare_cpu": lambda: compare_table("compare_cpu"),
+    "compare_h200": lambda: compare_table("compare_h200"),
+    "exits": exits_table,
+    "recipes": recipes_table,
+    "stops": stops_table,
+}
