@@ -1,4 +1,4 @@
-"""The initial weights of models that retrieve: where attention goes before any training, and that training takes off."""
+"""Initial weights of models that retrieve: where attention goes before any training, and that training takes off."""
 
 import dataclasses
 
@@ -80,9 +80,7 @@ def test_retrieval_is_learned_within_some_dozens_of_steps():
     for start in ("normal", "retrieval"):
         state = init_state(config, dataclasses.replace(recipe, start=start))
         for step in range(recipe.steps):
-            batch = mixture(
-                ["multikey_4"], [1.0], (48, 65), 0, 64, start=step * 64, vocabulary=vocabulary, questions=8
-            )
+            batch = mixture(["multikey_4"], [1.0], (48, 65), 0, 64, start=step * 64, vocabulary=vocabulary, questions=8)
             state, _ = train_step(state, jnp.asarray(batch.tokens), recipe, jnp.asarray(batch.loss_mask[:, 1:]))
         tokens = jnp.asarray(rows.tokens[:, :-1])
         states = hidden_states(state.model, tokens, jnp.ones((3, len(rows.tokens)), bool))[-1]
