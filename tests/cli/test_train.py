@@ -56,11 +56,24 @@ def test_the_command_prepares_trains_and_names_the_model(monkeypatch, tmp_path, 
 
 
 @pytest.mark.parametrize(
+    ("kind", "command"), [("soft", "generate --model {}/model"), ("jei", "compare --model {0}/model --plans dense,{0}")]
+)
+def test_a_recipe_reaches_the_loop_and_says_what_to_do_next(kind, command, monkeypatch, tmp_path, capsys):
+    kinds = []
+    monkeypatch.setattr(train, "prepare", lambda *_, **__: None)
+    monkeypatch.setattr(train, "train", lambda _, recipe, run, **__: kinds.append(recipe.kind) or run / "model")
+    assert main(["train", "src", "--run", str(tmp_path), "--recipe", kind, "--from", "trained"]) == 0
+    assert kinds == [kind]
+    assert f"try: dyninf {command.format(tmp_path)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["EMPTY"], "expected text files ending in ('.py',)"),
         (["EMPTY", "--suffix", ".md", "--suffix", ".txt"], "expected text files ending in ('.md', '.txt')"),
         (["nowhere"], "expected an existing folder"),
+        (["EMPTY", "--recipe", "frozen"], "expected a trained model to put exits on for the recipe 'frozen', got none"),
         (["EMPTY", "--set", "recipe.steps=9"], "expected warmup to be a whole number below steps=9, got 30"),
         (["EMPTY", "--set", "recipe.length=513"], "expected recipe.length at most model.max_length=512, got 513"),
         (["EMPTY", "--set", "recipe.exit_curriculum=spiral"], "expected exit_curriculum among rotational, gradual"),

@@ -85,6 +85,19 @@ def test_the_report_is_that_of_lists():
     report = judge_stops(policy, logits, predictions, targets, mask, (1, 2, 4, 5))
     for name, want in TORCH_REPORT.items():
         np.testing.assert_allclose(getattr(report, name), want, rtol=1e-6, err_msg=name)
+    right, live = np.asarray(predictions) == np.asarray(targets)[None], np.asarray(mask)
+    stopped, hopeless = np.zeros(live.shape, bool), ~right.any(axis=0)
+    for b, t in np.argwhere(live):
+        for exit_ in np.asarray(logits, np.float64)[:, b, t]:
+            probs = np.exp(exit_) / np.exp(exit_).sum()
+            leaves, stops = (probs.argmax() == kind and probs[kind] > above for kind, above in ((1, 0.6), (0, 0.8)))
+            stopped[b, t] = stops
+            if leaves or stops:
+                break
+    assert 0 < (stopped & hopeless & live).sum() < min((stopped & live).sum(), (hopeless & live).sum())
+    np.testing.assert_allclose(report.hopeless, hopeless[live].mean(), rtol=1e-6)
+    np.testing.assert_allclose(report.hopeless_precision, hopeless[stopped & live].mean(), rtol=1e-6)
+    np.testing.assert_allclose(report.hopeless_recall, stopped[hopeless & live].mean(), rtol=1e-6)
     never = StopExit.create(4, D, exit_threshold=1.0, stop_threshold=1.0)
     report = judge_stops(never, logits, predictions, targets, mask, (1, 2, 4, 5))
     assert (report.precision, report.recall, report.stopped, report.exited, report.depth) == (0, 0, 0, 0, 5)
