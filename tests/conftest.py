@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import os
 import zlib
+from pathlib import Path
 from typing import Any
 
 # Read by jax and libtpu when they are imported: do not look for accelerators that the default run does not use.
@@ -55,6 +56,18 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(
                 f"skipped, {' and '.join(missing)} not installed: {skipped}; make test TEST_EXTRAS={extra} runs them"
             )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_mappings():
+    """Forget compiled programs before they use up a process's memory mappings, of which Linux allows 65530.
+
+    A program takes ten or more; without them XLA ends the process with a segmentation fault.
+    """
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
