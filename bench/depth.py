@@ -30,7 +30,7 @@ import dyninf
 from dyninf import Plan, depth, models
 from dyninf.attention import attend_cached
 from dyninf.cache import LayerCache
-from dyninf.cli.bench import describe_run
+from dyninf.cli.bench import describe_run, write_row
 from dyninf.cli.decoding import bytes_per_step, decode_steps, random_state
 from dyninf.configs.models import shapes
 from dyninf.timing import measure
@@ -73,11 +73,7 @@ def main() -> int:
                     dense[batch] = row["median_ms"]
                 speedup = dense[batch] / row["median_ms"] if batch in dense else None
                 row = {"bench": arguments.study, "program": name, "speedup": speedup, **row, **describe_run(model)}
-                sys.stdout.write(json.dumps(row) + "\n")
-                sys.stdout.flush()
-                if arguments.jsonl is not None:
-                    with arguments.jsonl.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                write_row(row, arguments.jsonl)
     return 0
 
 

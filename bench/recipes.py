@@ -28,7 +28,7 @@ import numpy as np
 
 import dyninf
 from dyninf import depth, models
-from dyninf.cli.bench import describe_run
+from dyninf.cli.bench import describe_run, write_row
 from dyninf.cli.common import DTYPES, default_dtype
 from dyninf.cli.heldout import Windows
 from dyninf.cli.plan_options import change_field
@@ -73,11 +73,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for variant in variants:
             row = measure_variant(variant, arguments, arguments.work or Path(scratch))
-            sys.stdout.write(json.dumps(row) + "\n")
-            sys.stdout.flush()
-            if arguments.jsonl is not None:
-                with arguments.jsonl.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            write_row(row, arguments.jsonl)
     return 0
 
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dyninf
-from dyninf.cli.bench import describe_run
+from dyninf.cli.bench import describe_run, write_row
 from dyninf.cli.common import Loaded, add_model_options, load, model_name
 from dyninf.cli.heldout import read_documents, windows_of
 from dyninf.cli.train import CONFIGS, configure
@@ -72,11 +72,7 @@ def main() -> int:
         for stop_threshold in map(float, arguments.stop_thresholds.split(",")):
             thresholds = {"exit_threshold": exit_threshold, "stop_threshold": stop_threshold}
             row = about | thresholds | judged(dataclasses.replace(policy, **thresholds)) | describe_run(loaded.model)
-            sys.stdout.write(json.dumps(row) + "\n")
-            sys.stdout.flush()
-            if arguments.jsonl is not None:
-                with arguments.jsonl.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            write_row(row, arguments.jsonl)
     return 0
 
 

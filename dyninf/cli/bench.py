@@ -154,11 +154,21 @@ def describe_run(model: models.Transformer) -> dict[str, Any]:
         "device": device_name(),
         "jax": jax.__version__,
         "dyninf": dyninf.__version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
-def _commit() -> str | None:
+def write_row(row: dict[str, Any], file: Path | None) -> None:
+    """Print one JSON object on a line of its own, and append it to a file, if any, so that a stopped run keeps it."""
+    line = json.dumps(row) + "\n"
+    sys.stdout.write(line)
+    sys.stdout.flush()
+    if file is not None:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(line)
+
+
+def commit() -> str | None:
     """Return the commit of the checkout that this code runs from, ``None`` outside one."""
     root = Path(dyninf.__file__).resolve().parents[1]
     if not (root / ".git").exists():

@@ -17,6 +17,7 @@ import numpy as np
 from rich.table import Table
 
 import dyninf
+from dyninf.cli.bench import commit
 from dyninf.cli.common import Loaded, check_output, check_positive, load, progress, table_console
 from dyninf.cli.decoding import Excerpt, time_excerpt
 from dyninf.cli.plan_options import read_plans
@@ -188,6 +189,7 @@ def _about(
         "device": device_name(),
         "jax": jax.__version__,
         "dyninf": dyninf.__version__,
+        "commit": commit(),
         "num_layers": len(loaded.model.layers),
     }
 
