@@ -5,7 +5,8 @@ One model is trained from scratch on a run directory of packed tokens (``dyninf 
 
 - ``layerskip``, ``soft`` and ``plain`` train the whole model for all of the steps;
 - ``frozen`` and ``jei`` put exits on one plain backbone that was trained for the first ``1 - --heads`` of the steps,
-  and train these for the rest, so that the model they make has seen as many tokens as the others.
+  and train these for the rest, so that the model they make has seen as many tokens as the others; ``jei`` once for each
+  of ``--prices``, by which its gates are told how deep to go.
 
 Then held-out windows are read: what every exit layer predicts if all tokens leave there, and what tokens that leave by
 a rule need and predict, over a sweep of its threshold. The rule is the confidence of the exits' own readout (asked at
@@ -45,6 +46,7 @@ from dyninf.training.states import exit_predictions, hidden_states
 VARIANTS = ("layerskip", "soft", "plain", "frozen", "jei")
 EIGHTHS = 8  # of the depth; asking costs about as much as a layer or two
 BACKBONE = "backbone"  # plain, for fewer steps
+PRICES = "0.05,0.15,0.3,0.7"
 THRESHOLDS = "0.02,0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95,0.98,0.99"
 FILES = ("tokenizer.json", *(f"{part}.tokens{end}" for part in ("train", "heldout") for end in ("", ".json")))
 
@@ -58,12 +60,17 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100, help="steps of each variant, in all (default: 100)")
     parser.add_argument("--heads", type=float, default=0.25, help="share of them that frozen and jei train exits for")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="separated by commas (default: all)")
+    parser.add_argument("--prices", default=PRICES, help=f"of all layers, for jei; separated by commas ({PRICES})")
     parser.add_argument("--windows", type=int, default=32, help="held-out windows of the recipe's length to read")
     parser.add_argument("--thresholds", default=THRESHOLDS, help=f"separated by commas (default: {THRESHOLDS})")
     parser.add_argument("--work", type=Path, help="where runs are kept; again, they go on (default: nowhere)")
     parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too")
     arguments = parser.parse_args()
     variants = arguments.variants.split(",")
+    try:
+        prices = [float(price) for price in arguments.prices.split(",")]
+    except ValueError:
+        parser.error(f"expected --prices as numbers separated by commas, got {arguments.prices!r}")
     if unknown := sorted(set(variants) - set(VARIANTS)):
         parser.error(f"expected --variants among {', '.join(VARIANTS)}, got {', '.join(unknown)}")
     if not 0 < round(arguments.heads * arguments.steps) < arguments.steps:
@@ -72,12 +79,13 @@ def main() -> int:
         parser.error(f"expected packed tokens in --data {arguments.data}, which lacks {', '.join(missing)}")
     with tempfile.TemporaryDirectory() as scratch:
         for variant in variants:
-            row = measure_variant(variant, arguments, arguments.work or Path(scratch))
-            write_row(row, arguments.jsonl)
+            for price in prices if variant == "jei" else (None,):
+                row = measure_variant(variant, price, arguments, arguments.work or Path(scratch))
+                write_row(row, arguments.jsonl)
     return 0
 
 
-def measure_variant(variant: str, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+def measure_variant(variant: str, price: float | None, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Train one variant, on its backbone where it has one, and return its row."""
     config, recipe = configure(arguments.config, arguments.changes)
     heads = round(arguments.heads * arguments.steps)
@@ -86,7 +94,9 @@ def measure_variant(variant: str, arguments: argparse.Namespace, work: Path) -> 
         backbone = of_kind(recipe, "plain", arguments.steps - heads, config.num_layers)
         init, steps = train_once(BACKBONE, config, backbone, arguments.data, work), heads
     recipe = of_kind(recipe, variant, steps, config.num_layers)
-    folder = train_once(variant, config, recipe, arguments.data, work, init=init)
+    recipe = recipe if price is None else dataclasses.replace(recipe, price=price)
+    name = variant if price is None else f"{variant}_{price}"
+    folder = train_once(name, config, recipe, arguments.data, work, init=init)
     model = models.load(folder, dtype=DTYPES[default_dtype()])
     exits = load_exits(folder.parent / "exits.safetensors") if variant in HEADS else None
     windows = read_windows(arguments.data, recipe, arguments.windows)
@@ -94,6 +104,7 @@ def measure_variant(variant: str, arguments: argparse.Namespace, work: Path) -> 
     return {
         "bench": "recipes",
         "variant": variant,
+        "price": price,
         "parameters": num_parameters(model) + (0 if exits is None else num_parameters(exits)),
         "backbone_parameters": num_parameters(models.load(folder if init is None else init)),
         "steps": arguments.steps,
@@ -113,7 +124,7 @@ def of_kind(recipe: Recipe, kind: str, steps: int, num_layers: int) -> Recipe:
     the same; its two phases change eight times.
     """
     changes = {"kind": kind, "steps": steps, "warmup": min(recipe.warmup, steps // 20), "phase": max(1, steps // 8)}
-    changes |= {"eval_every": steps, "eval_batches": 1, "save_every": steps}
+    changes |= {"eval_every": steps, "eval_batches": 1, "save_every": max(1, steps // 4)}
     if kind in ("soft", "jei"):
         changes["exit_period"] = max(1, num_layers // EIGHTHS)
     return dataclasses.replace(recipe, **changes)

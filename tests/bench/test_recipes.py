@@ -75,10 +75,12 @@ def run_script(name, *arguments):
 
 @pytest.mark.slow
 def test_every_variant_sees_the_same_tokens_and_is_measured(data, tmp_path):
-    rows = run_script("recipes.py", "--data", data, "--steps", 8, "--windows", 2, "--thresholds", "0,0.5,1")
-    assert [row["variant"] for row in rows] == ["layerskip", "soft", "plain", "frozen", "jei"]
+    rows = run_script(
+        "recipes.py", "--data", data, "--steps", 8, "--windows", 2, "--prices", "0.1,0.7", "--thresholds", "0,0.5,1"
+    )
+    assert [row["variant"] for row in rows] == ["layerskip", "soft", "plain", "frozen", "jei", "jei"]
     assert {row["training_tokens"] for row in rows} == {8 * 2 * 32}
-    assert [row["head_steps"] for row in rows] == [0, 0, 0, 2, 2]
+    assert [row["head_steps"] for row in rows] == [0, 0, 0, 2, 2, 2]
     assert len({row["backbone_parameters"] for row in rows}) == 1
     for row in rows:
         assert len(row["exits"]) == 4 and all(0 <= right <= 1 for right in row["exits"])
