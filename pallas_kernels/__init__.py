@@ -8,9 +8,14 @@ from pallas_kernels.attention import decode_attention as decode_attention
 from pallas_kernels.attention import prefill_attention as prefill_attention
 from pallas_kernels.decoder_stack import DecoderWeights as DecoderWeights
 from pallas_kernels.decoder_stack import decode_layers as decode_layers
+from pallas_kernels.index import KVIndex as KVIndex
 from pallas_kernels.layer_products import norm_gate_up as norm_gate_up
 from pallas_kernels.layer_products import norm_project as norm_project
 from pallas_kernels.layer_products import project_add as project_add
+from pallas_kernels.page_scores import page_scores as page_scores
+from pallas_kernels.page_scores import summarize_page as summarize_page
+from pallas_kernels.page_scores import summarize_pages as summarize_pages
 from pallas_kernels.readout import Readout as Readout
 from pallas_kernels.readout import exit_readout as exit_readout
 from pallas_kernels.readout import read_logits as read_logits
+from pallas_kernels.topk_pages import topk_pages as topk_pages

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import cudnn, reference
 from pallas_kernels.dispatch import Implementation, choose, explain, platform
+from pallas_kernels.index import KVIndex, check_index
 
 PREFILL = (
     Implementation(name="cudnn", refuse=cudnn.refuse_prefill, run=cudnn.prefill_attention),
@@ -60,20 +61,26 @@ def prefill_attention(
 
 def decode_attention(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     positions_BT: jax.Array,
     *,
+    layer: jax.Array | None = None,
+    index: KVIndex | None = None,
     window: int | None = None,
     valid_BS: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Attend from T tokens at given positions over a cache whose slot s holds position s.
 
-    The query at position p reads slots 0 to p. Cost: reads K and V once, ``2·S·K·H`` entries per sequence. Exact.
+    The query at position p reads slots 0 to p, or those of them that lie in the pages of an index. Cost: reads K and V
+    once, ``2·S·K·H`` entries per sequence, or ``2·counts·page_size·H`` of every key/value head. Exact without an index.
 
     Args:
+        k, v: the cache of a layer ``[B, S, K, H]``, or the stacked caches of all layers ``[L, B, S, K, H]``.
         positions_BT: position of each query; its own key must already be in the cache. Negative: reads nothing.
+        layer: which layer of a stacked cache, an int32 scalar, from 0 to L - 1; beyond it, the nearest one is read.
+        index: pages that may be read; ``None`` for all.
         window: attend to the last ``window`` positions only (the query's own included).
         valid_BS: slots that may be read; ``None`` for all.
         implementation: ``"cudnn"`` or ``"xla"``; ``None`` takes the fastest that can serve.
@@ -85,12 +92,21 @@ def decode_attention(
         ValueError: if shapes do not match or the window is empty.
         NotImplementedError: if the requested implementation cannot serve.
     """
+    if (layer is not None) != (k.ndim == 5) or (layer is not None and jnp.shape(layer) != ()):
+        raise ValueError(
+            f"expected a scalar layer for a cache [L, B, S, K, H] and for no other, got {layer=}, k {k.shape}"
+        )
+    k_BSKH, v_BSKH = (jax.ShapeDtypeStruct(array.shape[-4:], array.dtype) for array in (k, v))
     _check(q_BTNH, k_BSKH, v_BSKH, window)
     _check_shape("positions [B, T]", positions_BT, q_BTNH.shape[:2])
     _check_shape("valid [B, S]", valid_BS, k_BSKH.shape[:2])
+    if index is not None:
+        check_index(index, batch=k_BSKH.shape[0], num_kv=k_BSKH.shape[2])
     facts = _facts(q_BTNH, k_BSKH, window=window, masked=valid_BS is not None)
+    facts |= {"num_heads": q_BTNH.shape[2], "num_kv": k_BSKH.shape[2]}
+    facts |= {"page_size": None if index is None else index.page_size}
     chosen = choose("decode_attention", DECODE, implementation, **facts)
-    return chosen.run(q_BTNH, k_BSKH, v_BSKH, positions_BT, window=window, valid_BS=valid_BS)
+    return chosen.run(q_BTNH, k, v, positions_BT, layer=layer, index=index, window=window, valid_BS=valid_BS)
 
 
 def explain_attention(*, head_dim: int, dtype: str, num_queries: int) -> dict[str, list[tuple[str, str | None]]]:
@@ -100,7 +116,9 @@ def explain_attention(*, head_dim: int, dtype: str, num_queries: int) -> dict[st
     common |= {"window": None, "masked": False}
     return {
         "prefill_attention": explain(PREFILL, **common, num_queries=num_queries, num_keys=num_queries),
-        "decode_attention": explain(DECODE, **common, num_queries=1, num_keys=num_queries),
+        "decode_attention": explain(
+            DECODE, **common, num_queries=1, num_keys=num_queries, num_heads=1, num_kv=1, page_size=None
+        ),
     }
 
 

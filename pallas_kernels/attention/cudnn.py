@@ -17,10 +17,14 @@ def refuse_prefill(*, masked: bool, **facts: Any) -> str | None:
     return _refuse_always(**facts)
 
 
-def refuse_decode(*, masked: bool, window: int | None, num_queries: int, **facts: Any) -> str | None:
+def refuse_decode(
+    *, masked: bool, window: int | None, num_queries: int, page_size: int | None, **facts: Any
+) -> str | None:
     """Return why cuDNN cannot serve a decode step, or ``None``."""
     if masked:
         return "takes lengths only, not a mask of slots"
+    if page_size is not None:
+        return "reads every slot, not the pages of an index"
     if window is not None:
         return "aligns a sliding window to the end of the cache, not to each sequence's length"
     if num_queries != 1:
@@ -42,8 +46,9 @@ def prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, *, window=None, keep_BT
     )
 
 
-def decode_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT, *, window=None, valid_BS=None):
+def decode_attention(q_BTNH, k, v, positions_BT, *, layer=None, index=None, window=None, valid_BS=None):
     """See :func:`pallas_kernels.attention.decode_attention`."""
+    k_BSKH, v_BSKH = (array if layer is None else jnp.take(array, layer, axis=0, mode="clip") for array in (k, v))
     lengths_B = positions_BT[:, 0] + 1
     o_BTNH = jax.nn.dot_product_attention(
         q_BTNH,

@@ -28,15 +28,45 @@ def prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, *, window=None, keep_BT
     return _attend(q_BTNH, k_BTKH, v_BTKH, mask_BTS)
 
 
-def decode_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT, *, window=None, valid_BS=None):
+def decode_attention(q_BTNH, k, v, positions_BT, *, layer=None, index=None, window=None, valid_BS=None):
     """See :func:`pallas_kernels.attention.decode_attention`."""
+    k_BSKH, v_BSKH = (array if layer is None else jnp.take(array, layer, axis=0, mode="clip") for array in (k, v))
+    if index is not None:
+        return _attend_pages(q_BTNH, k_BSKH, v_BSKH, positions_BT, index, window, valid_BS)
     slots = jnp.arange(k_BSKH.shape[1])[None, None, :]
-    mask_BTS = slots <= positions_BT[:, :, None]
-    if window is not None:
-        mask_BTS &= slots > positions_BT[:, :, None] - window
+    mask_BTS = _seen(slots, positions_BT[:, :, None], window)
     if valid_BS is not None:
         mask_BTS &= valid_BS[:, None, :]
     return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+
+
+def _seen(slots, positions, window):
+    """Return which slots a query at a position sees."""
+    seen = slots <= positions
+    return seen if window is None else seen & (slots > positions - window)
+
+
+def _attend_pages(q_BTNH, k_BSKH, v_BSKH, positions_BT, index, window, valid_BS):
+    """Attend to the slots of an index, which are copied first: one key/value head is one sequence of its own."""
+    batch, num_slots, num_kv, dim = k_BSKH.shape
+    length, num_heads = q_BTNH.shape[1:3]
+    entries, page_size = index.pages.shape[2], index.page_size
+    slots_BKMS = index.pages[..., None] * page_size + jnp.arange(page_size)[None, None, None]
+    exists_BKM = jnp.arange(entries)[None, None] < index.counts[..., None]
+    exists_BKMS = exists_BKM[..., None] & (slots_BKMS >= 0) & (slots_BKMS < num_slots)
+    slots_BKX, exists_BKX = (x.reshape(batch, num_kv, entries * page_size) for x in (slots_BKMS, exists_BKMS))
+    if valid_BS is not None:
+        exists_BKX &= jnp.take_along_axis(valid_BS[:, None], jnp.clip(slots_BKX, 0, num_slots - 1), axis=2)
+    mask_BKTX = exists_BKX[:, :, None] & _seen(slots_BKX[:, :, None], positions_BT[:, None, :, None], window)
+    at_BXK1 = jnp.moveaxis(jnp.clip(slots_BKX, 0, num_slots - 1), 1, 2)[..., None]
+    k_CX1H, v_CX1H = (
+        jnp.moveaxis(jnp.take_along_axis(array, at_BXK1, axis=1), 2, 1).reshape(batch * num_kv, -1, 1, dim)
+        for array in (k_BSKH, v_BSKH)
+    )
+    q_CTGH = jnp.moveaxis(q_BTNH.reshape(batch, length, num_kv, -1, dim), 2, 1).reshape(batch * num_kv, length, -1, dim)
+    o_CTGH = _attend(q_CTGH, k_CX1H, v_CX1H, mask_BKTX.reshape(batch * num_kv, length, -1))
+    o_BKTGH = o_CTGH.reshape(batch, num_kv, length, num_heads // num_kv, dim)
+    return jnp.moveaxis(o_BKTGH, 1, 2).reshape(q_BTNH.shape)
 
 
 def _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
