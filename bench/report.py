@@ -23,21 +23,26 @@ BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 def draw_recipes(path: Path) -> None:
     """Draw accuracy against layers for every recipe: all tokens leave at one layer, or each by the rule."""
     pyplot, rows = _pyplot(), read_rows("recipes_h200")
-    figure, (fixed, dynamic) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    for row in rows:
-        label, share = RECIPES[row["variant"]], 100 / row["shapes"]["num_layers"]
+    figure, (fixed, dynamic) = pyplot.subplots(1, 2, figsize=(10, 5), layout="constrained", sharey=True)
+    share, priced = 100 / rows[0]["shapes"]["num_layers"], [row for row in rows if row["price"] is not None]
+    for color, (variant, label) in enumerate(RECIPES.items()):
+        row = next(row for row in rows if row["variant"] == variant)  # of several prices, the first
+        style = {"color": f"C{color}", "markersize": 3}
         shares = [share * depth for depth in range(1, len(row["exits"]) + 1)]
-        fixed.plot(shares, [100 * right for right in row["exits"]], "o-", markersize=3, label=label)
-        curve = sorted(row["curve"], key=lambda point: point["layers"])
-        points = [(share * point["layers"], 100 * point["accuracy"]) for point in curve]
-        dynamic.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
+        label += "" if row["price"] is None else f", price {row['price']:g}"
+        fixed.plot(shares, [100 * right for right in row["exits"]], "o-", **style)
+        dynamic.plot(*_points(row["curve"], share), "o-", label=label, **style)
+        if row in priced:
+            chosen = [point for row in priced for point in row["curve"] if point["threshold"] == 0.5]
+            label = f"the same at threshold 0.5, prices {priced[0]['price']:g} to {priced[-1]['price']:g}"
+            dynamic.plot(*_points(chosen, share), "D-", color="black", markersize=5, fillstyle="none", label=label)
     tokens = rows[0]["training_tokens"] / 1e6
     for axes, title in ((fixed, "every token leaves at one layer"), (dynamic, "each token leaves by the rule")):
         axes.set_xlabel("layers needed, % of the model")
         axes.set_title(f"{title}, {tokens:.0f} million training tokens", fontsize=9)
         axes.grid(alpha=0.3)
     fixed.set_ylabel("next tokens right, %")
-    fixed.legend(loc="lower right", fontsize=8)
+    figure.legend(*dynamic.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -96,6 +101,11 @@ def main() -> int:
     draw_recipes(RESULTS / "recipes.png")
     print(f"rewrote {', '.join(stale) or 'no page'}; drew exits.png and recipes.png")
     return 0
+
+
+def _points(curve: list[dict], share: float) -> tuple[list[float], list[float]]:
+    points = sorted((share * point["layers"], 100 * point["accuracy"]) for point in curve)
+    return [layers for layers, _ in points], [right for _, right in points]
 
 
 def _pyplot():

@@ -196,7 +196,7 @@ def recipes_table() -> str:
         found = [interpolate(row["curve"], num_layers * share / 100) for share in shares]
         lines.append(
             [
-                RECIPES[row["variant"]],
+                RECIPES[row["variant"]] + ("" if row["price"] is None else f", price {row['price']:g}"),
                 f"{row['parameters'] / 1e6:.2f}",
                 *(f"{100 * row['exits'][depth - 1]:.1f} %" for depth in depths),
                 *("" if right is None else f"{100 * right:.1f} %" for right in found),
