@@ -68,6 +68,11 @@ def platform() -> str:
     return jax.default_backend()
 
 
+def capability() -> str | None:
+    """Return the compute capability of the default device, ``None`` where it has none."""
+    return getattr(jax.local_devices()[0], "compute_capability", None)
+
+
 @functools.cache
 def _log_once(message: str) -> None:
     _logger.warning(message)

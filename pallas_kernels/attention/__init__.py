@@ -8,8 +8,8 @@ row that may attend to nothing gives zeros.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import cudnn, reference
-from pallas_kernels.dispatch import Implementation, choose, explain, platform
+from pallas_kernels.attention import cudnn, mosaic_gpu, reference
+from pallas_kernels.dispatch import Implementation, capability, choose, explain, platform
 from pallas_kernels.index import KVIndex, check_index
 
 PREFILL = (
@@ -17,6 +17,7 @@ PREFILL = (
     Implementation(name="xla", refuse=reference.refuse, run=reference.prefill_attention),
 )
 DECODE = (
+    Implementation(name="mosaic_gpu", refuse=mosaic_gpu.refuse, run=mosaic_gpu.decode_attention),
     Implementation(name="cudnn", refuse=cudnn.refuse_decode, run=cudnn.decode_attention),
     Implementation(name="xla", refuse=reference.refuse, run=reference.decode_attention),
 )
@@ -83,7 +84,7 @@ def decode_attention(
         index: pages that may be read; ``None`` for all.
         window: attend to the last ``window`` positions only (the query's own included).
         valid_BS: slots that may be read; ``None`` for all.
-        implementation: ``"cudnn"`` or ``"xla"``; ``None`` takes the fastest that can serve.
+        implementation: ``"mosaic_gpu"``, ``"cudnn"`` or ``"xla"``; ``None`` takes the fastest that can serve.
 
     Returns:
         ``[B, T, N, H]`` in q's dtype; zeros where a query may read nothing.
@@ -103,7 +104,7 @@ def decode_attention(
     if index is not None:
         check_index(index, batch=k_BSKH.shape[0], num_kv=k_BSKH.shape[2])
     facts = _facts(q_BTNH, k_BSKH, window=window, masked=valid_BS is not None)
-    facts |= {"num_heads": q_BTNH.shape[2], "num_kv": k_BSKH.shape[2]}
+    facts |= {"capability": capability(), "num_heads": q_BTNH.shape[2], "num_kv": k_BSKH.shape[2]}
     facts |= {"page_size": None if index is None else index.page_size}
     chosen = choose("decode_attention", DECODE, implementation, **facts)
     return chosen.run(q_BTNH, k, v, positions_BT, layer=layer, index=index, window=window, valid_BS=valid_BS)
@@ -117,7 +118,14 @@ def explain_attention(*, head_dim: int, dtype: str, num_queries: int) -> dict[st
     return {
         "prefill_attention": explain(PREFILL, **common, num_queries=num_queries, num_keys=num_queries),
         "decode_attention": explain(
-            DECODE, **common, num_queries=1, num_keys=num_queries, num_heads=1, num_kv=1, page_size=None
+            DECODE,
+            **common,
+            num_queries=1,
+            num_keys=num_queries,
+            num_heads=1,
+            num_kv=1,
+            page_size=None,
+            capability=capability(),
         ),
     }
 

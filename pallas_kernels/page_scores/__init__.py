@@ -11,11 +11,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, choose, platform
-from pallas_kernels.page_scores import reference
+from pallas_kernels.dispatch import Implementation, capability, choose, platform
+from pallas_kernels.page_scores import mosaic_gpu, reference
 
 Reduce = Literal["max", "sum", "vote"]
-PAGE_SCORES = (Implementation(name="xla", refuse=reference.refuse, run=reference.page_scores),)
+PAGE_SCORES = (
+    Implementation(name="mosaic_gpu", refuse=mosaic_gpu.refuse, run=mosaic_gpu.page_scores),
+    Implementation(name="xla", refuse=reference.refuse, run=reference.page_scores),
+)
 
 
 def page_scores(
@@ -51,18 +54,21 @@ def page_scores(
     """
     if reduce not in ("max", "sum", "vote"):
         raise ValueError(f"expected reduce 'max', 'sum' or 'vote', got {reduce!r}")
-    q_BRKX = _queries(q_BTNH, summary_BPKX, layer)
-    if num_pages_B.shape != q_BTNH.shape[:1]:
-        raise ValueError(f"expected num_pages [B] = {q_BTNH.shape[:1]}, got {num_pages_B.shape}")
-    facts = {"platform": platform(), "reduce": reduce, "dtype": q_BRKX.dtype, "summary_dtype": summary_BPKX.dtype}
-    facts |= {"rows": q_BRKX.shape[1], "width": q_BRKX.shape[3]}
+    _check(q_BTNH, summary_BPKX, num_pages_B, layer)
+    stacked, layer = (summary_BPKX[None], jnp.int32(0)) if layer is None else (summary_BPKX, layer)
+    facts = {
+        "platform": platform(),
+        "capability": capability(),
+        "dtype": q_BTNH.dtype,
+        "summary_dtype": stacked.dtype,
+        "num_queries": q_BTNH.shape[1],
+        "group": q_BTNH.shape[2] // stacked.shape[3],
+        "head_dim": q_BTNH.shape[3],
+        "width": stacked.shape[4],
+        "num_pages": stacked.shape[2],
+    }
     chosen = choose("page_scores", PAGE_SCORES, implementation, **facts)
-    if chosen.name == "xla":
-        summary_BPKX = summary_BPKX if layer is None else jnp.take(summary_BPKX, layer, axis=0)
-        return chosen.run(q_BRKX, summary_BPKX, num_pages_B, reduce=reduce, scale=scale)
-    stacked = summary_BPKX[None] if layer is None else summary_BPKX
-    layer = jnp.int32(0) if layer is None else layer
-    return chosen.run(q_BRKX, stacked, num_pages_B, layer, reduce=reduce, scale=scale)
+    return chosen.run(q_BTNH, stacked, num_pages_B, layer, reduce=reduce, scale=scale)
 
 
 def summarize_pages(k_BSKH: jax.Array, lengths_B: jax.Array, *, page_size: int, kind: Literal["mean", "bounds"]):
@@ -96,17 +102,17 @@ def summarize_page(k_xSKH: jax.Array, live_xS: jax.Array, *, kind: Literal["mean
     return jnp.where(some, jnp.concatenate([high, low], axis=-1), 0.0).astype(k_xSKH.dtype)
 
 
-def _queries(q_BTNH: jax.Array, summary: jax.Array, layer: jax.Array | None) -> jax.Array:
-    """Return the rows that meet each key/value head's summaries ``[B, T * G, K, X]``."""
+def _check(q_BTNH: jax.Array, summary: jax.Array, num_pages_B: jax.Array, layer: jax.Array | None) -> None:
     shapes = f"got q {q_BTNH.shape} and summaries {summary.shape}"
-    if summary.ndim != (4 if layer is None else 5) or q_BTNH.ndim != 4:
+    if (
+        summary.ndim != (4 if layer is None else 5)
+        or q_BTNH.ndim != 4
+        or (layer is not None and jnp.shape(layer) != ())
+    ):
         raise ValueError(f"expected q [B, T, N, H] and summaries [B, P, K, X], with a layer [L, B, P, K, X], {shapes}")
-    batch, length, num_heads, dim = q_BTNH.shape
-    s_batch, _, num_kv, width = summary.shape[-4:]
-    if batch != s_batch or num_heads % num_kv or width not in (dim, 2 * dim):
+    batch, _, num_kv, width = summary.shape[-4:]
+    dim = q_BTNH.shape[3]
+    if q_BTNH.shape[0] != batch or q_BTNH.shape[2] % num_kv or width not in (dim, 2 * dim):
         raise ValueError(f"expected one batch, query heads a multiple of K and X = H or 2H, {shapes}")
-    q_BTKGH = q_BTNH.reshape(batch, length, num_kv, num_heads // num_kv, dim)
-    q_BRKH = jnp.moveaxis(q_BTKGH, 3, 2).reshape(batch, -1, num_kv, dim)
-    if width == dim:
-        return q_BRKH
-    return jnp.concatenate([jnp.maximum(q_BRKH, 0), jnp.minimum(q_BRKH, 0)], axis=-1)
+    if num_pages_B.shape != (batch,):
+        raise ValueError(f"expected num_pages [B] = {(batch,)}, got {num_pages_B.shape}")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.dispatch import Implementation, choose, platform
+from pallas_kernels.dispatch import Implementation, capability, choose, platform
 from pallas_kernels.readout import reference
 from pallas_kernels.readout.reference import Readout as Readout
 from pallas_kernels.readout.reference import read_logits as read_logits
@@ -84,7 +84,7 @@ def exit_readout(
         weights = jnp.take(weights, tokens, axis=1 if transposed else 0, mode="fill", fill_value=jnp.nan)
     facts = {
         "platform": platform(),
-        "capability": getattr(jax.local_devices()[0], "compute_capability", None),
+        "capability": capability(),
         "rows": x_BD.shape[0],
         "d_model": x_BD.shape[1],
         "num_tokens": weights.shape[1 if transposed else 0],
