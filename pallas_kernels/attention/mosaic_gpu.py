@@ -102,6 +102,11 @@ class Geometry:
         """Slots of a tile of 64 that follow each other in the cache."""
         return 64 if self.entries is None else min(self.page_size, 64)
 
+    @property
+    def together(self) -> int:
+        """Splits that are combined at once, as registers allow."""
+        return max(1, min(8, 128 // (self.chunks * self.rows)))
+
     def _stages(self, blocks: int) -> int:
         rows = 2 * self.rows * (2 * self.head_dim + UNIT)
         return (SHARED_BYTES // blocks - rows) // (2 * UNIT * self.head_dim)
@@ -424,18 +429,31 @@ def _finish(g, r, at, state):
     def _():
         plgpu.semaphore_wait(found, at.splits - 1, decrement=False, memory_scope="gpu")
 
-        def merge(other, state):
-            *mixed, top, mass = state
+        def merge(turn, state):
+            """Combine some further splits at once: their loads wait for memory together."""
+            others = [turn * g.together + i for i in range(g.together)]
+            there = [jnp.minimum(other, at.splits - 2) for other in others]
             load = functools.partial(plgpu.load, optimized=False)
-            other_top, other_mass = (load(r.sums.at[at.head, other, i], layout=ROWS) for i in (0, 1))
-            new_top = jnp.maximum(top, other_top)
-            share, other_share = jnp.exp2(top - new_top), jnp.exp2(other_top - new_top)
-            for i in range(g.chunks):
-                found = load(r.mixed.at[at.head, other, i], layout=TILE)
-                mixed[i] = mixed[i] * _over(g, share) + found * _over(g, other_share)
-            return *mixed, new_top, mass * share + other_mass * other_share
+            sums = [[load(r.sums.at[at.head, other, i], layout=ROWS) for i in (0, 1)] for other in there]
+            tiles = [[load(r.mixed.at[at.head, other, i], layout=TILE) for i in range(g.chunks)] for other in there]
+            *mixed, top, mass = state
+            # A split that was loaded twice counts for nothing the second time.
+            tops = [top, *(_keep_if(other < at.splits - 1, s[0], EMPTY) for other, s in zip(others, sums, strict=True))]
+            new_top = functools.reduce(jnp.maximum, tops)
+            share, *shares = [jnp.exp2(one - new_top) for one in tops]
+            mass, mixed = mass * share, [tile * _over(g, share) for tile in mixed]
+            for one, (_, other_mass), found in zip(shares, sums, tiles, strict=True):
+                mass = mass + other_mass * one
+                mixed = [tile + other * _over(g, one) for tile, other in zip(mixed, found, strict=True)]
+            return *mixed, new_top, mass
 
-        _write(g, r, at, lax.fori_loop(0, at.splits - 1, merge, state))
+        turns = lax.div(at.splits - 2 + g.together, I32(g.together))
+        _write(g, r, at, lax.fori_loop(0, turns, merge, state))
+
+
+def _keep_if(flag, rows, otherwise):
+    """Return a vector if a scalar is true, else ``otherwise`` throughout."""
+    return jnp.where(plgpu.layout_cast(jnp.full(rows.shape, flag.astype(F32)), ROWS) > 0, rows, otherwise)
 
 
 def _write(g, r, at, state):
