@@ -1,0 +1,119 @@
+"""Storing new tokens and the summaries of their pages, against loops in NumPy; its kernel interpreted and lowered."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import append_tokens
+from pallas_kernels.append_tokens import mosaic_gpu, reference
+
+L, B, K, H, S, PAGE = 2, 3, 2, 64, 48, 16
+needs_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the GPU kernel needs jax 0.11.2")
+
+
+def make(rng, slots, kind, dtype=jnp.float32, head_dim=H):
+    """A stacked cache whose empty slots are NaN, new tokens, and where they go."""
+    width = head_dim * (2 if kind == "bounds" else 1)
+    slots = np.asarray(slots, np.int32)
+    k, v = (rng.normal(size=(L, B, S, K, head_dim)).astype(np.float32) for _ in "kv")
+    for row, first in enumerate(slots[:, 0]):
+        k[:, row, max(first, 0) :], v[:, row, max(first, 0) :] = np.nan, np.nan
+    summary = rng.normal(size=(L, B, S // PAGE, K, width))
+    new = [jnp.asarray(rng.normal(size=(B, slots.shape[1], K, head_dim)), dtype) for _ in "kv"]
+    return *(jnp.asarray(array, dtype) for array in (k, v, summary)), *new, jnp.asarray(slots)
+
+
+def numpy_append(k, v, summary, k_new, v_new, slots, layer, kind):
+    """The same by loops, in float64 where sums are taken."""
+    k, v, summary, k_new, v_new, slots = (np.array(array) for array in (k, v, summary, k_new, v_new, slots))
+    for b in range(B):
+        stored = [(t, s) for t, s in enumerate(slots[b]) if 0 <= s < S]
+        for t, s in stored:
+            k[layer, b, s], v[layer, b, s] = k_new[b, t], v_new[b, t]
+        for page in {s // PAGE for _, s in stored}:
+            keys = k[layer, b, page * PAGE : min((page + 1) * PAGE, stored[-1][1] + 1)].astype(np.float64)
+            mean, bounds = keys.mean(0), np.concatenate([keys.max(0), keys.min(0)], axis=-1)
+            summary[layer, b, page] = mean if kind == "mean" else bounds
+    return k, v, summary
+
+
+SLOTS = {
+    "one": [[20], [0], [47]],
+    "crossing": [[14, 15, 16, 17], [32, 33, 34, 35], [45, 46, 47, 48]],
+    "outside": [[48], [-1], [7]],
+}
+
+
+@pytest.mark.parametrize("kind", ["mean", "bounds"])
+@pytest.mark.parametrize("slots", SLOTS)
+def test_tokens_and_summaries_are_those_of_loops(rng, slots, kind):
+    arrays = make(rng, SLOTS[slots], kind)
+    got = append_tokens(*arrays, kind=kind, page_size=PAGE, layer=jnp.int32(1))
+    for one, other in zip(got, numpy_append(*arrays, 1, kind), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    single = append_tokens(*(a[1] for a in arrays[:3]), *arrays[3:], kind=kind, page_size=PAGE)
+    for one, other in zip(single, got, strict=True):
+        np.testing.assert_array_equal(one, other[1])
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize(("slots", "kind"), [("crossing", "mean"), ("outside", "bounds")])
+def test_the_kernel_interpreted(rng, slots, kind):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    arrays = make(rng, SLOTS[slots], kind, jnp.bfloat16)
+    want = reference.append_tokens(*arrays, jnp.int32(1), kind=kind, page_size=PAGE)
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=1)
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    run = jax.jit(functools.partial(mosaic_gpu.append_tokens, kind=kind, page_size=PAGE))
+    with jax.sharding.use_abstract_mesh(mesh), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = jax.block_until_ready(run(*arrays, jnp.int32(1)))
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=0.01)
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("kind", ["mean", "bounds"])
+def test_the_kernel_lowers_for_cuda(rng, kind):
+    arrays = make(rng, SLOTS["crossing"], kind, jnp.bfloat16, head_dim=256)
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    run = jax.jit(functools.partial(mosaic_gpu.append_tokens, kind=kind, page_size=PAGE))
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    with jax.sharding.use_abstract_mesh(mesh):
+        exported = jax.export.export(run, platforms=["cuda"], disabled_checks=unchecked)(*arrays, jnp.int32(1))
+    assert "mosaic_gpu_v2" in exported.mlir_module()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["mean", "bounds"])
+@pytest.mark.parametrize("slots", SLOTS)
+def test_the_kernel_on_a_gpu(rng, slots, kind):
+    arrays = make(rng, SLOTS[slots], kind, jnp.bfloat16, head_dim=128)
+    got, want = (
+        jax.jit(functools.partial(append_tokens, kind=kind, page_size=PAGE, implementation=name))(
+            *arrays, layer=jnp.int32(1)
+        )
+        for name in ("mosaic_gpu", "xla")
+    )
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "median"}, "'mean' or 'bounds'"),
+        ({"page_size": 8}, "P = 6 and X = 128"),
+        ({"page_size": 0}, "1 to page_size=0"),
+        ({"layer": None}, "scalar layer"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused(rng, change, message):
+    options = {"kind": "bounds", "page_size": PAGE, "layer": jnp.int32(0)} | change
+    with pytest.raises(ValueError, match=message):
+        append_tokens(*make(rng, SLOTS["one"], "bounds"), **options)
