@@ -151,6 +151,13 @@ def describe_run(model: models.Transformer) -> dict[str, Any]:
     names = ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
     return {
         "shapes": {name: getattr(config, name) for name in names},
+        **describe_device(),
+    }
+
+
+def describe_device() -> dict[str, Any]:
+    """Return the device, versions and commit of a row."""
+    return {
         "device": device_name(),
         "jax": jax.__version__,
         "dyninf": dyninf.__version__,
