@@ -25,7 +25,7 @@ from dyninf.cli.common import (
     table_console,
 )
 from dyninf.cli.decoding import bytes_per_step, decode_steps, random_state
-from dyninf.cli.plan_options import read_plans
+from dyninf.cli.plan_options import check_plan, read_plans
 from dyninf.configs.models import shapes
 from dyninf.timing import device_name, measure
 
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"expected --context up to {model.config.max_length} for {name}, got {arguments.context}")
     plans = read_plans(arguments.plans, len(model.layers))
     for plan in plans.values():
-        dyninf.check(plan, model)
+        check_plan(plan, model)
     rows = []
     with progress() as bar:
         for batch, plan_name in bar.track([(b, p) for b in batches for p in plans], description="decoding"):

@@ -14,7 +14,7 @@ import dyninf
 from dyninf.cli.common import Loaded, add_model_options, check_output, check_positive, load, progress, table_console
 from dyninf.cli.decoding import Excerpt, time_excerpt
 from dyninf.cli.heldout import MAX_WINDOW, SUFFIXES, Windows, read_documents, windows_of
-from dyninf.cli.plan_options import read_plans
+from dyninf.cli.plan_options import check_plan, read_plans
 from dyninf.cli.quality import Quality, batches, evaluate
 from dyninf.timing import Timing, device_name
 
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     num_layers = len(loaded.model.layers)
     plans = {"dense": dyninf.Plan(), **read_plans(arguments.plans, num_layers)}
     for plan in plans.values():
-        dyninf.check(plan, loaded.model)
+        check_plan(plan, loaded.model)
     windows = read_windows(loaded, arguments, quick=arguments.quick)
     with progress() as bar:
         qualities = _measure_quality(loaded, plans, windows, bar)

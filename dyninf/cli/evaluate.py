@@ -14,7 +14,7 @@ import dyninf
 from dyninf.cli.common import Loaded, add_model_options, check_output, load, progress, table_console
 from dyninf.cli.compare import add_data_options, read_windows
 from dyninf.cli.heldout import Windows
-from dyninf.cli.plan_options import add_plan_options, read_plan
+from dyninf.cli.plan_options import add_plan_options, check_plan, read_plan
 from dyninf.cli.quality import batches, evaluate
 from dyninf.cli.task_eval import add_task_options, run_tasks
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     plan = None
     if arguments.plan is not None:
         plan = read_plan(arguments.plan, arguments.changes, len(loaded.model.layers))
-        dyninf.check(plan, loaded.model)
+        check_plan(plan, loaded.model)
     windows = read_windows(loaded, arguments)
     result = {"model": loaded.name, "dtype": loaded.dtype, **measure_exits(loaded, windows)}
     if plan is not None:

@@ -13,7 +13,7 @@ import numpy as np
 
 import dyninf
 from dyninf.cli.common import Loaded, add_model_options, bucket, check_positive, load
-from dyninf.cli.plan_options import add_plan_options, read_plan
+from dyninf.cli.plan_options import add_plan_options, check_plan, read_plan
 from dyninf.cli.quality import dense_agreement
 from dyninf.cli.text import Painter, StopTexts, TextStream
 from dyninf.timing import device_name
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     loaded = load(arguments)
     plan = read_plan(arguments.plan, arguments.changes, len(loaded.model.layers))
     plan = _with_sampler(plan, arguments)
-    dyninf.check(plan, loaded.model)
+    check_plan(plan, loaded.model)
     ids = loaded.tokenizer.encode(prompt).ids
     if not ids:
         raise ValueError("expected a text to continue of at least one token, got an empty one; give --prompt TEXT")

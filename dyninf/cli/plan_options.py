@@ -14,8 +14,11 @@ from typing import Any
 import dyninf
 from dyninf.cli.calibrated import read_calibrated
 from dyninf.configs.plans import plans
+from dyninf.depth import AdaptedExit, MetaExit, StopExit
+from dyninf.models import Transformer
 from dyninf.training.exits_file import load_exits
 
+WEIGHTS = {AdaptedExit: "gate", MetaExit: "gate", StopExit: "weight"}  # arrays [L, D, ...] that read a state
 HIDDEN = ("sparsity", "select", "draft")  # fields that hold only their identity element in this version
 
 
@@ -73,6 +76,24 @@ def read_plans(text: str, num_layers: int) -> dict[str, dyninf.Plan]:
     if "" in specs or len(set(specs)) != len(specs):
         raise ValueError(f"expected different plans joined by commas, got {text!r}")
     return {spec: read_plan(spec.split("@")[0], spec.split("@")[1:], num_layers) for spec in specs}
+
+
+def check_plan(plan: dyninf.Plan, model: Transformer) -> None:
+    """Raise before any work if a plan or the width of its trained weights does not fit the model.
+
+    Raises:
+        ValueError: as :func:`dyninf.check`, and for weights that were trained beside a model of another width.
+        NotImplementedError: if a field holds something this version cannot run.
+    """
+    dyninf.check(plan, model)
+    width = model.config.d_model
+    for policy in policies(plan.depth):
+        weights = getattr(policy, WEIGHTS.get(type(policy), ""), None)
+        if weights is not None and weights.shape[1] != width:
+            raise ValueError(
+                f"expected exits for a model of d_model={width}, got {type(policy).__name__} with weights for "
+                f"{weights.shape[1]}; take those that were trained beside this model"
+            )
 
 
 def change_field(plan: dyninf.Plan, path: str, text: str) -> dyninf.Plan:

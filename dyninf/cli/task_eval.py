@@ -20,7 +20,7 @@ import dyninf
 from dyninf.cli.bench import commit
 from dyninf.cli.common import Loaded, check_output, check_positive, load, progress, table_console
 from dyninf.cli.decoding import Excerpt, time_excerpt
-from dyninf.cli.plan_options import read_plans
+from dyninf.cli.plan_options import check_plan, read_plans
 from dyninf.cli.task_plots import draw_plots, require_matplotlib
 from dyninf.tasks import TASKS, TOKEN_TASKS, Sample, Vocabulary, draw, evaluate_task, load_or_make, make_samples
 from dyninf.tasks import to_samples as rows_to_samples
@@ -29,6 +29,8 @@ from dyninf.training.run_files import write
 
 VERSION = 1  # of the rows; raise it when what they mean changes
 KEY = ("model", "weights", "dtype", "plan", "task", "length", "samples", "seed", "query", "device")
+BEGINNING = '{"bench": "task", '  # of every row
+SHOWN = {"num_layers", "score", "by_depth", "seconds_per_token", "layers_run", "kv_read", "tokens_held"}
 DEPTH_BINS = 5
 TIMED = 32  # tokens that are decoded for the time
 
@@ -70,7 +72,7 @@ def run_tasks(arguments: argparse.Namespace) -> int:
     loaded = load(arguments)
     plans = read_plans(arguments.plans, len(loaded.model.layers))
     for plan in plans.values():
-        dyninf.check(plan, loaded.model)
+        check_plan(plan, loaded.model)
     if max(lengths) > loaded.model.config.max_length:
         raise ValueError(
             f"expected lengths up to the context of {loaded.name}, {loaded.model.config.max_length} tokens, got "
@@ -135,23 +137,28 @@ def fingerprint(model: Any) -> str:
 
 
 def read_rows(file: Path) -> dict[tuple, dict[str, Any]]:
-    """Return the rows of an earlier run by their key; a last line that a kill cut short is removed from the file.
+    """Return the rows of an earlier run by their key; a last row that a kill cut short is removed from the file.
 
     Raises:
-        ValueError: if the file holds anything else, or rows of another version.
+        ValueError: if the file holds anything else, or rows of another version; it stays as it is.
     """
     if not file.exists():
         return {}
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"expected rows of dyninf eval --tasks in {file}, got no text; name another file") from None
     whole, newline, rest = text.rpartition("\n")
-    if rest:
-        write(file, whole + newline)
+    cut = len(whole) + len(newline) if rest.startswith(BEGINNING[: len(rest)]) and not _reads(rest) else None
     rows = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(text[:cut].splitlines(), start=1):
         try:
             row = json.loads(line)
             found = row["version"]
-            key = _key(row)
+            if found == VERSION:
+                rows[_key(row)] = row
+                if missing := SHOWN - set(row):
+                    raise KeyError(*missing)
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"expected rows of dyninf eval --tasks in {file}, got {line!r:.60} in line {number}; name another file"
@@ -160,8 +167,17 @@ def read_rows(file: Path) -> dict[tuple, dict[str, Any]]:
             raise ValueError(
                 f"expected rows of version {VERSION} in {file}, got {found!r} in line {number}; name another file"
             )
-        rows[key] = row
+    if rest:  # no newline at the end: what is whole gets one, what is not goes
+        write(file, text[:cut] if cut is not None else text + "\n")
     return rows
+
+
+def _reads(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _append(file: Path, row: dict[str, Any]) -> None:
@@ -243,7 +259,7 @@ def _lengths(text: str) -> list[int]:
         lengths = [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"expected lengths such as 2048,8192, got {text!r}") from None
-    check_positive(length=min(lengths))
+    check_positive(lengths=min(lengths))
     return list(dict.fromkeys(lengths))
 
 

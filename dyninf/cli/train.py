@@ -18,6 +18,7 @@ from dyninf.tasks import TOKEN_TASKS
 from dyninf.training import checkpoints
 from dyninf.training.loop import check_start, prepare, train, train_tasks
 from dyninf.training.recipe import CHOICES, HEADS, Recipe
+from dyninf.training.step import check_exits
 
 CONFIGS = {
     "tiny": (TINY, TINY_RECIPE),
@@ -123,6 +124,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"expected recipe.length at most model.max_length={config.max_length}, got {recipe.length}; set both"
         )
+    if arguments.init is None:
+        check_exits(config.num_layers, recipe)
     directory, suffixes, init = Path(arguments.directory), tuple(arguments.suffixes or (".py",)), arguments.init
     reporter = Reporter(recipe)
     if bool(arguments.folders) == (arguments.tasks is not None):

@@ -122,7 +122,9 @@ def mixture(
     chosen = [find_token_task(task) if isinstance(task, str) else task for task in tasks]
     share = np.asarray(weights, np.float64)
     if not chosen or share.shape != (len(chosen),) or not (np.isfinite(share).all() and share.min() >= 0 < share.sum()):
-        raise ValueError(f"expected one weight of at least 0 for each of {len(chosen)} tasks, got {weights!r}")
+        raise ValueError(
+            f"expected a weight of at least 0 for each of {len(chosen)} tasks, one of them above 0, got {weights!r}"
+        )
     edges = np.cumsum(share) / share.sum()
     vocabulary = Vocabulary() if vocabulary is None else vocabulary
     rows, names = [], []

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -56,8 +57,14 @@ def load_exits(path: str | os.PathLike) -> DepthPolicy:
             arrays = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}
         if header is None:
             raise ValueError(f"no header of the format {FORMAT!r}")
+        if odd := [name for name, array in arrays.items() if not _is_sound(array)]:
+            raise ValueError(f"not finite numbers in {', '.join(odd)}; train the exits again")
         about = json.loads(header)
         policy = POLICIES[about["policy"]](**arrays, **about["settings"])
         return policy if about["layers"] is None else at_layers(policy, layers=tuple(about["layers"]))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"expected a file of trained exits, got {str(path)!r}: {error!r}") from None
+
+
+def _is_sound(array: jax.Array) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating) and bool(jnp.all(jnp.isfinite(array)))

@@ -29,8 +29,8 @@ from dyninf.training.data import TokenData, fingerprint, pack, train_tokenizer
 from dyninf.training.exits_file import save_exits
 from dyninf.training.heads import policy_of
 from dyninf.training.recipe import HEADS, Recipe
-from dyninf.training.run_files import alone, open_log, refuse_changes, write
-from dyninf.training.step import TrainState, eval_step, init_state, train_step
+from dyninf.training.run_files import alone, open_log, refuse_changes, refuse_tasks, refuse_text, write
+from dyninf.training.step import TrainState, check_exits, eval_step, init_state, train_step
 from dyninf.training.task_data import TaskData
 
 HELD_OUT = (0.05, 0.1, 0.2, 0.4)  # of the files; the first that leaves some on both sides
@@ -62,11 +62,13 @@ def prepare(
         init: a model that dyninf trained, by name or folder, whose tokenizer is taken instead of training one.
 
     Raises:
-        ValueError: if the folders hold too little text, or the run's data was made from others, or another process
-            is at work in the run directory.
+        ValueError: if the folders hold too little text, or the run's data was made from others or is that of tasks, or
+            another process is at work in the run directory.
         OSError: if the run directory cannot be written.
     """
     run = Path(run)
+    refuse_tasks(run)
+    tokenizer = None if init is None else load_tokenizer(init)
     names = [Path(folder).resolve().name for folder in folders]
     made_from = {"corpus": {"folders": names, "suffixes": list(suffixes), "vocab_size": vocab_size, "init": init}}
     files = ("tokenizer.json", "train.tokens.json", "heldout.tokens.json", "corpus.json")
@@ -85,7 +87,7 @@ def prepare(
         raise ValueError(
             f"expected enough files to hold some out, got {len(documents)} that differ; give more files, or split them"
         )
-    tokenizer = train_tokenizer(_sample(train), vocab_size) if init is None else load_tokenizer(init)
+    tokenizer = train_tokenizer(_sample(train), vocab_size) if tokenizer is None else tokenizer
     run.mkdir(parents=True, exist_ok=True)
     with alone(run):
         (run / "corpus.json").unlink(missing_ok=True)
@@ -149,12 +151,12 @@ def train_tasks(
         init, report: as for :func:`train`.
 
     Raises:
-        ValueError: as :func:`train`, and if a task is unknown or the length too short for it.
+        ValueError: as :func:`train`, and if a task is unknown or the length too short for it, or the run directory
+            holds text.
     """
     run, data = Path(run), TaskData(tasks=tuple(tasks.items()), questions=questions)
     data.check(recipe.length)
-    run.mkdir(parents=True, exist_ok=True)
-    write(run / "tokenizer.json", data.tokenizer().to_str(pretty=True))
+    refuse_text(run)
     about = {"tasks": tasks, "questions": questions, "vocabulary": dataclasses.asdict(data.vocabulary)}
     vocabulary = {"vocab_size": data.vocabulary.size, "eos_ids": ()}
     return _train(config, vocabulary, recipe, run, data, data.held_out(), about, report=report, init=init)
@@ -181,10 +183,14 @@ def _train(config, vocabulary, recipe, run: Path, data, held_out, about, *, repo
         "data": about,
     }
     saved = run / "checkpoints"
+    check_exits(config.num_layers, recipe)
+    run.mkdir(parents=True, exist_ok=True)
     with alone(run):
         if checkpoints.latest(saved) is None:  # nothing to go on from, so a begun run may still be changed
             write(run / "recipe.json", json.dumps(begun_with, indent=1) + "\n")
         refuse_changes(run / "recipe.json", begun_with)
+        if isinstance(data, TaskData):
+            write(run / "tokenizer.json", data.tokenizer().to_str(pretty=True))
         state = init_state(config, recipe, start)
         if state.exits is not None:
             added = _size((state.model, state.exits)) - _size(start)

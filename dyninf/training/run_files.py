@@ -49,6 +49,27 @@ def refuse_changes(path: Path, description: dict[str, dict[str, Any]]) -> None:
         )
 
 
+def refuse_text(run: Path) -> None:
+    """Refuse to train on tasks where there is text, whose tokenizer and tokens belong together."""
+    if (run / "train.tokens.json").exists():
+        raise ValueError(
+            f"expected a run directory without text to train on tasks, got {str(run)!r}, which holds train.tokens; "
+            "use another one"
+        )
+
+
+def refuse_tasks(run: Path) -> None:
+    """Refuse to prepare text for a run that was begun with tasks, whose tokenizer it would replace."""
+    try:
+        tasks = json.loads((run / "recipe.json").read_bytes())["data"]["tasks"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    raise ValueError(
+        f"expected a run directory without tasks to train on text, got {str(run)!r}, begun with {', '.join(tasks)}; "
+        "use another one"
+    )
+
+
 def write(path: Path, text: str) -> None:
     """Replace a file by another text, whole or not at all."""
     partial = path.with_name(path.name + ".partial")

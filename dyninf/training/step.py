@@ -16,7 +16,7 @@ import optax
 from dyninf.depth.base import DepthPolicy
 from dyninf.models import ModelConfig, Transformer, stack_layers
 from dyninf.pytree import pytree
-from dyninf.training.heads import begin_heads, handed_over, heads_loss, trained_arrays, with_trained
+from dyninf.training.heads import begin_heads, exit_layers, handed_over, heads_loss, trained_arrays, with_trained
 from dyninf.training.layerskip import (
     active_exit_weights,
     active_exits,
@@ -26,7 +26,7 @@ from dyninf.training.layerskip import (
     layer_dropout_mask,
     layer_dropout_rates,
 )
-from dyninf.training.recipe import Recipe
+from dyninf.training.recipe import HEADS, Recipe
 from dyninf.training.retrieval_start import retrieval_start
 from dyninf.training.soft import soft_depths, soft_loss
 from dyninf.training.states import cast, hidden_states
@@ -61,6 +61,17 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
         ),
         optax.stateless(_speed_up) if recipe.kind == "jei" else optax.identity(),
     )
+
+
+def check_exits(num_layers: int, recipe: Recipe) -> None:
+    """Raise ValueError if a model of this depth has no place for the exits that the recipe trains."""
+    if recipe.kind in HEADS:
+        exit_layers(num_layers, recipe)
+    elif recipe.kind == "soft" and recipe.exit_period > num_layers:
+        raise ValueError(
+            f"expected recipe.exit_period up to the model's {num_layers} layers, got {recipe.exit_period}; "
+            "there is no such depth"
+        )
 
 
 def init_state(config: ModelConfig, recipe: Recipe, model: Transformer | None = None) -> TrainState:
@@ -130,8 +141,8 @@ def eval_step(
 def _loss(model, tokens_BT1, mask_BT, step, recipe):
     num_layers, batch = model.config.num_layers, tokens_BT1.shape[0]
     if recipe.kind != "layerskip":
-        depths = soft_depths(num_layers, first=recipe.exit_period, step=recipe.exit_period)
-        depths = depths if recipe.kind == "soft" else (num_layers,)
+        period = recipe.exit_period if recipe.kind == "soft" else num_layers
+        depths = soft_depths(num_layers, first=period, step=period)
         return soft_loss(model, tokens_BT1, depths, mask_BT=mask_BT, chunk=recipe.chunk, dtype=recipe.compute_dtype)
     key = jax.random.fold_in(jax.random.key(recipe.seed), step)
     rates_L = layer_dropout_rates(num_layers, recipe.dropout)

@@ -7,6 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dyninf.tasks import Vocabulary, mixture
+from dyninf.tasks.tokens import find_token_task
 
 HELD_OUT = 1 << 33  # added to the seed; seeds of recipes are below 2**32
 KEYS = 2048  # enough for a context of 8192 tokens that is nothing but needles
@@ -38,11 +39,16 @@ class TaskData:
         Raises:
             ValueError: if a task is unknown, or the length too short or too long for it.
         """
-        numbers, rest = (_lengths(length), 0, 1), {"vocabulary": self.vocabulary, "questions": self.questions}
-        mixture(*zip(*self.tasks, strict=True), *numbers, **rest)
-        for name, _ in self.tasks:
-            for extreme in _lengths(length):
-                mixture([name], [1.0], extreme, 0, 1, vocabulary=self.vocabulary)
+        names, weights = zip(*self.tasks, strict=True)
+        rest = {"vocabulary": self.vocabulary, "questions": self.questions}
+        low, high = _lengths(length)
+        for task in map(find_token_task, names):
+            for extreme in (low, high):
+                try:
+                    mixture([task], [1.0], extreme, 0, 1, vocabulary=self.vocabulary)
+                except ValueError as error:
+                    raise ValueError(f"{error}; with recipe.length={length} rows have {low} to {high} tokens") from None
+        mixture(names, weights, (low, high), 0, 1, **rest)
 
     def batch(self, step: int, *, batch_size: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens ``int32 [B, length + 1]`` of a step and which of the last ``length`` are answers."""

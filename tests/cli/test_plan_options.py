@@ -1,10 +1,11 @@
 """Plans on the command line."""
 
+import jax
 import pytest
 
 import dyninf
 from dyninf import depth
-from dyninf.cli.plan_options import fields, policies, read_plan, read_plans
+from dyninf.cli.plan_options import check_plan, fields, policies, read_plan, read_plans
 from dyninf.configs.plans import plans
 
 
@@ -82,3 +83,20 @@ def test_every_field_that_is_listed_can_be_set():
 def test_policies_are_found_inside_wrappers():
     names = [type(policy).__name__ for policy in policies(plans(8)["exit_first_of"].depth)]
     assert names == ["Restricted", "FirstOf", "Confidence", "Patience"]
+
+
+def test_exits_for_a_model_of_another_width_are_refused(loaded):
+    model, width = loaded[0], loaded[0].config.d_model
+    makers = {
+        "AdaptedExit": lambda d: depth.AdaptedExit.create(jax.random.key(0), 4, d, 2),
+        "MetaExit": lambda d: depth.after_layer(depth.MetaExit.create(4, d), layer=1),
+        "StopExit": lambda d: depth.at_layers(depth.StopExit.create(4, d), layers=(1, 3)),
+    }
+    for name, make in makers.items():
+        check_plan(dyninf.Plan(depth=make(width)), model)
+        with pytest.raises(
+            ValueError, match=f"d_model=24, got {name} with weights for 23; take those that were trained"
+        ):
+            check_plan(dyninf.Plan(depth=make(width - 1)), model)
+    with pytest.raises(ValueError, match="layer"):
+        check_plan(dyninf.Plan(depth=depth.ExitAt(layer=5)), model)

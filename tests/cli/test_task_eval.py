@@ -71,24 +71,50 @@ def test_a_stopped_run_goes_on_and_counts_nothing_twice(model, tmp_path, measure
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("content", "said"),
     [
-        ('{"version": 0}', "expected rows of"),
-        ("some notes\n", "expected rows of"),
-        (None, "expected rows of version 1"),
+        (b'{"version": 0}\n', "expected rows of"),
+        (b"some notes\n", "expected rows of"),
+        (b"notes without an end", "expected rows of"),
+        (b'notes\n{"bench": "task", "versi', "expected rows of"),
+        (b"\xff\xfe", "got no text"),
     ],
-    ids=["fields", "notes", "version"],
+    ids=["fields", "notes", "one_line", "cut", "bytes"],
 )
-def test_a_file_of_something_else_is_left_alone(model, tmp_path, measured, capsys, text, said):
+def test_a_file_of_something_else_is_left_alone(model, tmp_path, measured, capsys, content, said):
     file = tmp_path / "rows.jsonl"
     arguments = ["eval", "--model", model, "--tasks", "needle", "--lengths", "96", "--samples", "2"]
-    if text is None:
-        assert main([*arguments, "--jsonl", str(file)]) == 0
-        text = file.read_text().replace('"version": 1', '"version": 7')
-    text = text if text.endswith("\n") else text + "\n"
+    file.write_bytes(content)
+    assert main([*arguments, "--jsonl", str(file)]) == 2
+    assert said in capsys.readouterr().err and file.read_bytes() == content and not measured
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"version": 1', '"version": 7', "expected rows of version 1"),
+        ('"plan": "dense"', '"plan": ["dense"]', "expected rows of"),
+        ('"score"', '"skore"', "expected rows of"),
+    ],
+    ids=["version", "key", "column"],
+)
+def test_rows_that_cannot_be_read_are_left_alone(model, tmp_path, measured, capsys, old, new, said):
+    file = tmp_path / "rows.jsonl"
+    arguments = ["eval", "--model", model, "--tasks", "needle", "--lengths", "96", "--samples", "2"]
+    assert main([*arguments, "--jsonl", str(file)]) == 0
+    text = file.read_text().replace(old, new)
     file.write_text(text)
     assert main([*arguments, "--jsonl", str(file)]) == 2
-    assert said in capsys.readouterr().err and file.read_text() == text
+    assert said in capsys.readouterr().err and file.read_text() == text and len(measured) == 1
+
+
+def test_a_row_that_lacks_only_its_end_of_line_stays(model, tmp_path, measured):
+    file = tmp_path / "rows.jsonl"
+    arguments = ["eval", "--model", model, "--lengths", "96", "--samples", "2", "--jsonl", str(file)]
+    assert main([*arguments, "--tasks", "needle"]) == 0
+    file.write_text(file.read_text().rstrip("\n"))
+    assert main([*arguments, "--tasks", "needle,multivalue"]) == 0 and len(measured) == 2
+    assert [json.loads(line)["task"] for line in file.read_text().splitlines()] == ["needle", "multivalue"]
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,8 @@ def test_a_recipe_reaches_the_loop_and_says_what_to_do_next(kind, command, monke
         (["EMPTY"], "expected text files ending in ('.py',)"),
         (["EMPTY", "--suffix", ".md", "--suffix", ".txt"], "expected text files ending in ('.md', '.txt')"),
         (["nowhere"], "expected an existing folder"),
+        (["nowhere", "--recipe", "jei", "--from", "neither"], "expected a folder or one of the shipped models"),
+        (["EMPTY", "--recipe", "soft", "--set", "recipe.exit_period=9"], "up to the model's 8 layers, got 9"),
         (["EMPTY", "--recipe", "frozen"], "expected a trained model to put exits on for the recipe 'frozen', got none"),
         (["EMPTY", "--set", "recipe.steps=9"], "expected warmup to be a whole number below steps=9, got 30"),
         (["EMPTY", "--set", "recipe.length=513"], "expected recipe.length at most model.max_length=512, got 513"),

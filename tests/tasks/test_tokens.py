@@ -261,7 +261,7 @@ def test_the_length_that_an_error_names_is_enough(task, length):
 
 @pytest.mark.parametrize("weights", [[1], [1, -1], [0, 0], [1, float("nan")]])
 def test_bad_weights_are_refused(weights):
-    with pytest.raises(ValueError, match="one weight of at least 0 for each of 2 tasks"):
+    with pytest.raises(ValueError, match="a weight of at least 0 for each of 2 tasks, one of them above 0"):
         mixture(["needle", "tracking"], weights, 64, 0, 1)
 
 

@@ -55,6 +55,9 @@ def test_other_files_are_refused(tmp_path):
     file.write_text("{}")
     with pytest.raises(ValueError, match="file of trained exits"):
         load_exits(file)
+    save_exits(MetaExit(gate=jnp.full((L, D), jnp.nan), bias=jnp.zeros(L), threshold=0.75), file)
+    with pytest.raises(ValueError, match="not finite numbers in gate"):
+        load_exits(file)
     save_file({"gate": np.ones(3)}, file)
     with pytest.raises(ValueError, match="no header of the format"):
         load_exits(file)

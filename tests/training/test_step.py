@@ -15,7 +15,7 @@ from dyninf.models import ModelConfig, Transformer, stack_layers, unstack_layers
 from dyninf.models.parameters import named_parameters
 from dyninf.training.recipe import Recipe
 from dyninf.training.states import hidden_states
-from dyninf.training.step import eval_step, init_state, optimizer, train_step
+from dyninf.training.step import check_exits, eval_step, init_state, optimizer, train_step
 
 CONFIG = ModelConfig(
     vocab_size=47,
@@ -282,3 +282,18 @@ def test_the_same_seed_makes_the_same_numbers_and_another_others(model, tokens):
         first = run(RECIPE, own_weights)
         assert all(map(np.array_equal, first, run(RECIPE, own_weights)))
         assert not all(map(np.array_equal, first, run(other, own_weights)))
+
+
+def test_exits_that_a_model_has_no_place_for():
+    kinds = {"soft": LAYERS, "jei": LAYERS - 1, "plain": 99, "layerskip": 99, "frozen": 99}
+    for kind, largest in kinds.items():
+        check_exits(LAYERS, dataclasses.replace(RECIPE, kind=kind, exit_period=largest))
+    for kind in ("soft", "jei"):
+        with pytest.raises(ValueError, match=rf"recipe\.exit_period .* the model's {LAYERS} layers, got"):
+            check_exits(LAYERS, dataclasses.replace(RECIPE, kind=kind, exit_period=kinds[kind] + 1))
+
+
+def test_a_plain_recipe_reads_no_exit_period(model, tokens):
+    recipes = [dataclasses.replace(RECIPE, kind="plain", exit_period=period) for period in (2, 99)]
+    first, second = (take_step(begin(model, recipe), tokens, recipe)[1]["loss"] for recipe in recipes)
+    assert first == second

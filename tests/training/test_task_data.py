@@ -12,6 +12,7 @@ from dyninf.cli import main
 from dyninf.cli.train import read_tasks
 from dyninf.configs.training import TINY, TINY_RECIPE
 from dyninf.models import load, load_tokenizer
+from dyninf.training.loop import prepare, train_tasks
 from dyninf.training.step import eval_step, init_state, train_step
 from dyninf.training.task_data import TaskData
 
@@ -84,6 +85,32 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
     assert "--questions beside --tasks" in capsys.readouterr().err
     assert main(["train", "--run", str(tmp_path / "short"), "--tasks", "tracking", "--set", "recipe.length=64"]) == 2
     assert "at least" in capsys.readouterr().err and not (tmp_path / "short").exists()
+
+
+def test_text_and_tasks_do_not_share_a_run(run, tmp_path, write_files):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(ValueError, match=r"run directory without text to train on tasks, got '.*run'"):
+        train_tasks(TINY, TINY_RECIPE, run, tasks={"needle": 1.0}, report=list)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "recipe.json").write_text('{"data": {"tasks": {"needle": 1.0, "tracking": 2.0}}}')
+    with pytest.raises(
+        ValueError, match=r"without tasks to train on text, got '.*tasks', begun with needle, tracking;"
+    ):
+        prepare([write_files(tmp_path / "source", 40)], tasks, vocab_size=300, report=list)
+    assert [path.name for path in tasks.iterdir()] == ["recipe.json"]
+
+
+def test_tasks_that_do_not_fit_leave_nothing(tmp_path):
+    short, run = dataclasses.replace(TINY_RECIPE, length=20), tmp_path / "run"
+    with pytest.raises(ValueError, match=r"'needle', got 5; with recipe\.length=20 rows have 5 to 21 tokens"):
+        train_tasks(TINY, short, run, tasks={"needle": 1.0}, report=list)
+    with pytest.raises(ValueError, match="for each of 2 tasks, one of them above 0"):
+        train_tasks(TINY, TINY_RECIPE, run, tasks={"needle": 0.0, "tracking": 0.0}, report=list)
+    with pytest.raises(ValueError, match="one of the shipped models"):
+        train_tasks(TINY, TINY_RECIPE, run, tasks={"needle": 1.0}, report=list, init="nothing")
+    assert not run.exists()
 
 
 def test_weights_are_read():
