@@ -8,8 +8,9 @@ nothing stays in a cache of the device. Three studies:
 - ``step``: a whole selected step: store the new token and summarize its page, score all pages, choose, and attend to
   the chosen ones; by the kernels, and by plain XLA operations.
 
-Times are of the device's kernels (CUPTI), and of the wall clock for calls enqueued one behind the other. Run it where
-the numbers shall come from: ``python bench/selection.py --study step --case 1x131072 --page-size 64 --jsonl FILE``.
+Times are of the device's kernels (CUPTI), and of the wall clock for calls enqueued one behind the other. PyTorch is
+timed with ``--torch``, in a process of its own: once it had used cuDNN, JAX's next call of it was seen to hang. Run it
+where the numbers shall come from: ``python bench/selection.py --study step --case 1x131072 --jsonl FILE``.
 """
 
 import argparse
@@ -42,6 +43,7 @@ def main() -> int:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--torch", action="store_true", help="time the peers of PyTorch, and nothing else")
     parser.add_argument("--only", help="programs to run, separated by commas (default: all)")
     parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too")
     arguments = parser.parse_args()
@@ -49,7 +51,7 @@ def main() -> int:
     for text in arguments.case or [DEFAULT_CASES[arguments.study]]:
         case = tuple(map(int, text.split("x")))
         for name, bytes_read, time_program in STUDIES[arguments.study](case, arguments):
-            if only is not None and name not in only:
+            if name.startswith("torch") != arguments.torch or (only is not None and name not in only):
                 continue
             try:
                 row = time_program()

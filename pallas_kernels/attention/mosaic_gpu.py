@@ -89,8 +89,9 @@ class Geometry:
 
     @property
     def splits(self) -> int:
-        """Blocks of a key/value head."""
-        return max(1, min(self.units, self.cores * self.blocks_per_core // (self.batch * self.kv_heads)))
+        """Blocks of a key/value head: as many as run at once, but no more than it takes to give each as many units."""
+        most = max(1, min(self.units, self.cores * self.blocks_per_core // (self.batch * self.kv_heads)))
+        return -(-self.units // -(-self.units // most))
 
     @property
     def copies(self) -> int:

@@ -82,8 +82,9 @@ class Geometry:
 
     @property
     def splits(self) -> int:
-        """Blocks of a key/value head."""
-        return max(1, min(self.tiles, self.cores * self.blocks_per_core // (self.batch * self.kv_heads)))
+        """Blocks of a key/value head: as many as run at once, but no more than it takes to give each as many tiles."""
+        most = max(1, min(self.tiles, self.cores * self.blocks_per_core // (self.batch * self.kv_heads)))
+        return -(-self.tiles // -(-self.tiles // most))
 
     def _stages(self, blocks: int) -> int:
         rows = 2 * self.rows * (self.head_dim + self.width)
