@@ -35,7 +35,8 @@ def append_tokens(
 
     Args:
         k, v: the cache of a layer ``[B, S, K, H]``, or the stacked caches of all layers ``[L, B, S, K, H]``.
-        summary: of its pages ``[B, P, K, X]`` or ``[L, B, P, K, X]``, see :func:`pallas_kernels.summarize_pages`.
+        summary: of its pages ``[B, P, K, X]`` or ``[L, B, P, K, X]``, see :func:`pallas_kernels.summarize_pages`; P may
+            be more than there are pages.
         k_BTKH, v_BTKH: keys and values of the new tokens, cast to the cache's dtype.
         slots_BT: the slot of each token, ascending by one; tokens with slots outside of the cache are not stored.
         kind: of the summaries.
@@ -59,8 +60,9 @@ def append_tokens(
         raise ValueError(f"expected kind 'mean' or 'bounds', got {kind!r}")
     if not 1 <= slots_BT.shape[1] <= page_size:
         raise ValueError(f"expected 1 to page_size={page_size} new tokens, got {slots_BT.shape[1]}")
-    if summary.shape != (*k.shape[:-3], -(-slots // page_size), num_kv, width):
-        raise ValueError(f"expected summaries [B, P, K, X] with P = {-(-slots // page_size)} and X = {width}, {shapes}")
+    pages = -(-slots // page_size)
+    if summary.shape[-3:-2] < (pages,) or summary.shape != (*k.shape[:-3], summary.shape[-3], num_kv, width):
+        raise ValueError(f"expected summaries [B, P, K, X] with P of at least {pages} and X = {width}, {shapes}")
     facts = {"platform": platform(), "capability": capability(), "dtype": k.dtype, "summary_dtype": summary.dtype}
     facts |= {"head_dim": dim, "num_slots": slots, "page_size": page_size, "num_new": slots_BT.shape[1]}
     chosen = choose("append_tokens", APPEND_TOKENS, implementation, **facts)

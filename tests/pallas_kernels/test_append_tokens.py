@@ -107,7 +107,7 @@ def test_the_kernel_on_a_gpu(rng, slots, kind):
     ("change", "message"),
     [
         ({"kind": "median"}, "'mean' or 'bounds'"),
-        ({"page_size": 8}, "P = 6 and X = 128"),
+        ({"page_size": 8}, "P of at least 6 and X = 128"),
         ({"page_size": 0}, "1 to page_size=0"),
         ({"layer": None}, "scalar layer"),
     ],
