@@ -19,7 +19,7 @@ from dyninf.depth import (
     every,
     first_of,
 )
-from dyninf.kv import H2O, TOVA, KeyNorm, Recency, SnapKV, TopK
+from dyninf.kv import H2O, TOVA, KeyNorm, PageMean, Quest, Recency, SnapKV, TokenSelect, TopK
 from dyninf.plan import Plan
 
 
@@ -98,4 +98,10 @@ def plans(num_layers: int) -> dict[str, Plan]:
         "evict_tova": Plan(evict=TopK(scorer=TOVA(), budget=512, sinks=0)),
         # Half of the budget for the newest tokens, as in the paper.
         "evict_h2o": Plan(evict=TopK(scorer=H2O(), budget=512, sinks=0, recent=256)),
+        # Selecting plans keep everything and read 512 tokens a step. Quest: pages of 16, the first two layers whole.
+        "select_quest": Plan(select=TopK(scorer=Quest(), budget=512, sinks=0, dense_layers=2)),
+        # TriForce's chunks of 8, the first of which is always read.
+        "select_page_mean": Plan(select=TopK(scorer=PageMean(), budget=512, sinks=1)),
+        # The paper's shares of sinks and recent tokens, 1/20 and 1/5; pages of 8, the smallest that kernels read.
+        "select_votes": Plan(select=TopK(scorer=TokenSelect(), budget=512, sinks=24, recent=96)),
     }

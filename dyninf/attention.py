@@ -11,23 +11,27 @@ import jax
 import jax.numpy as jnp
 
 from dyninf.cache import LayerCache, write, write_prompt
-from dyninf.kv.base import KeepAll, PromptKV
+from dyninf.kv.base import KeepAll, PromptKV, ReadAll
+from dyninf.kv.pages import choose_pages, summarize_prompt, summarize_written
 from dyninf.kv.top_k import TopK
 from dyninf.model import Attend
 from pallas_kernels import decode_attention, prefill_attention
 
-KEEP_ALL = KeepAll()
+KEEP_ALL, READ_ALL = KeepAll(), ReadAll()
 LayerAttend = Callable[[LayerCache | None, jax.Array], Attend]
 
 
-def attend_prompt(lengths_B: jax.Array, evict: TopK | KeepAll = KEEP_ALL) -> LayerAttend:
+def attend_prompt(
+    lengths_B: jax.Array, evict: TopK | KeepAll = KEEP_ALL, select: TopK | ReadAll = READ_ALL
+) -> LayerAttend:
     """Attend among the T tokens of a prompt and store their keys and values, or what is kept, in an empty cache."""
 
     def for_layer(cache: LayerCache | None, active_BT: jax.Array) -> Attend:
         def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
             o_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, window=window)
             if isinstance(evict, KeepAll):
-                return o_BTNH, write_prompt(cache, k_BTKH, v_BTKH, active_BT)
+                filled = write_prompt(cache, k_BTKH, v_BTKH, active_BT)
+                return o_BTNH, summarize_prompt(filled, select, k_BTKH.shape[1], lengths_B)
             _refuse_window(window)
             obs = PromptKV(q_BTNH=q_BTNH, k_BTKH=k_BTKH, v_BTKH=v_BTKH, lengths_B=lengths_B)
             return o_BTNH, evict.compress(cache, obs, active_BT)
@@ -38,7 +42,12 @@ def attend_prompt(lengths_B: jax.Array, evict: TopK | KeepAll = KEEP_ALL) -> Lay
 
 
 def attend_cached(
-    positions_BT: jax.Array, live_BT: jax.Array, evict: TopK | KeepAll = KEEP_ALL, *, write_inactive: bool
+    positions_BT: jax.Array,
+    live_BT: jax.Array,
+    evict: TopK | KeepAll = KEEP_ALL,
+    select: TopK | ReadAll = READ_ALL,
+    *,
+    write_inactive: bool,
 ) -> LayerAttend:
     """Attend from new tokens over the cache, to which their keys and values are added.
 
@@ -46,6 +55,7 @@ def attend_cached(
         positions_BT: position of each new token.
         live_BT: tokens that exist; others write nothing and their output is meaningless.
         evict: what the cache keeps.
+        select: what a step reads of it.
         write_inactive: whether tokens that do not run this layer still write their keys and values.
     """
 
@@ -53,10 +63,11 @@ def attend_cached(
         written_BT = live_BT if write_inactive else live_BT & active_BT
 
         def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
-            updated = store(cache, k_BTKH, v_BTKH, positions_BT, written_BT, evict)
+            updated = store(cache, k_BTKH, v_BTKH, positions_BT, written_BT, evict, select)
             if isinstance(evict, KeepAll):
+                index = choose_pages(updated, select, q_BTNH, positions_BT, window)
                 return decode_attention(
-                    q_BTNH, updated.k, updated.v, positions_BT, window=window, valid_BS=updated.valid
+                    q_BTNH, updated.k, updated.v, positions_BT, index=index, window=window, valid_BS=updated.valid
                 ), updated
             _refuse_window(window)
             # Slots fill in order and the order of keys does not matter: a full cache is read to its last slot.
@@ -93,12 +104,14 @@ def store(
     v_BTKH: jax.Array,
     positions_BT: jax.Array,
     written_BT: jax.Array,
-    evict: TopK | KeepAll,
+    evict: TopK | KeepAll = KEEP_ALL,
+    select: TopK | ReadAll = READ_ALL,
 ) -> LayerCache:
     """Return the cache with the keys and values of new tokens, where ``written_BT`` says so."""
     if isinstance(evict, TopK):
         return evict.store(cache, k_BTKH, v_BTKH, positions_BT, written_BT)
-    return write(cache, k_BTKH, v_BTKH, slots_of(cache, positions_BT, written_BT))
+    filled = write(cache, k_BTKH, v_BTKH, slots_of(cache, positions_BT, written_BT))
+    return summarize_written(filled, select, positions_BT, written_BT)
 
 
 def _refuse_window(window: int | None) -> None:

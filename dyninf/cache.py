@@ -6,6 +6,7 @@ let XLA update them in place. Empty slots are zeros and are never read.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ class LayerCache:
         valid: ``[B, S]``, which slots hold a key, or ``None`` when every slot below the length does.
         positions: of a cache that evicts, the position of the token in each slot ``[B, S, K]``, -1 where there is none.
         scores: of a cache that evicts, what the slots are worth ``[B, S, K]``.
+        summary: of a layer that selects, what is known of the keys of each page ``[B, P, K, X]``.
     """
 
     k: jax.Array
@@ -44,6 +46,7 @@ class LayerCache:
     valid: jax.Array | None = None
     positions: jax.Array | None = None
     scores: jax.Array | None = None
+    summary: jax.Array | None = None
 
 
 @pytree()
@@ -78,6 +81,18 @@ class KVCache:
         return self._first.positions is not None
 
     @property
+    def head_dim(self) -> int:
+        """Numbers of a key."""
+        return self._first.k.shape[-1]
+
+    @property
+    def summary_sizes(self) -> tuple[tuple[int, int] | None, ...]:
+        """Pages and numbers ``(P, X)`` of the summary of each layer, ``None`` for layers that have none."""
+        if self.stacked:
+            return (None,) * self.layers.k.shape[0]
+        return tuple(None if cache.summary is None else cache.summary.shape[1::2] for cache in self.layers)
+
+    @property
     def live(self) -> jax.Array:
         """Filled slots of each sequence ``[B]``."""
         return jnp.minimum(self.length, self.capacity) if self.evicts else self.length
@@ -93,28 +108,37 @@ class KVCache:
 
 
 def init_cache(
-    model: CausalLM, batch: int, spec: CacheSpec, *, track_valid: bool = False, evicts: bool = False
+    model: CausalLM,
+    batch: int,
+    spec: CacheSpec,
+    *,
+    track_valid: bool = False,
+    evicts: bool = False,
+    summaries: Sequence[tuple[int, int] | None] | None = None,
 ) -> KVCache:
     """Return an empty cache for ``batch`` sequences.
 
     Args:
         track_valid: keep per-layer validity, needed when layers that do not run leave their slots empty.
         evicts: keep the position and the score of every slot.
+        summaries: pages and numbers ``(P, X)`` of the summary of each layer, ``None`` for layers that have none.
     """
     entry = kv_shape(model)
     shape = (batch, spec.capacity, *entry.shape[2:])
     dtype = entry.dtype if spec.dtype is None else spec.dtype
 
-    def layer() -> LayerCache:
+    def layer(summary: tuple[int, int] | None) -> LayerCache:
         return LayerCache(
             k=jnp.zeros(shape, dtype),
             v=jnp.zeros(shape, dtype),
             valid=jnp.zeros(shape[:2], bool) if track_valid else None,
             positions=jnp.full(shape[:3], -1, jnp.int32) if evicts else None,
             scores=jnp.full(shape[:3], -jnp.inf, jnp.float32) if evicts else None,
+            summary=None if summary is None else jnp.zeros((batch, summary[0], shape[2], summary[1]), dtype),
         )
 
-    return KVCache(layers=tuple(layer() for _ in model.layers), length=jnp.zeros(batch, jnp.int32))
+    summaries = (None,) * len(model.layers) if summaries is None else summaries
+    return KVCache(layers=tuple(layer(summary) for summary in summaries), length=jnp.zeros(batch, jnp.int32))
 
 
 def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array) -> LayerCache:

@@ -6,6 +6,7 @@ import jax
 
 from dyninf.cache import KVCache
 from dyninf.catch_up import Pending
+from dyninf.kv.pages import summary_sizes
 from dyninf.kv.top_k import TopK, slots_for
 from dyninf.plan import Plan, catches_up, leaves_gaps
 from dyninf.pytree import pytree
@@ -57,19 +58,21 @@ def check_state(state: DecodeState, plan: Plan, num_layers: int) -> None:
     """Raise before any work if a state was made for a plan that keeps other things in it.
 
     Raises:
-        ValueError: if the policy's state, the tracking of empty slots, what is evicted or the window of waiting tokens
-            differ.
+        ValueError: if the policy's state, the tracking of empty slots, what is evicted, the summaries of pages or the
+            window of waiting tokens differ.
     """
     made = jax.eval_shape(lambda: plan.depth.init((state.token.shape[0], 1)))
     same_depth = jax.tree.structure(made) == jax.tree.structure(state.depth)
     same_cache = leaves_gaps(plan) == state.cache.tracks_valid
     same_cache &= state.cache.evicts == isinstance(plan.evict, TopK)
     same_cache &= state.cache.capacity <= slots_for(plan.evict, state.cache.capacity)
+    sizes = summary_sizes(plan.select, num_layers, state.cache.capacity, state.cache.head_dim)
+    same_cache &= state.cache.summary_sizes == sizes
     window = None if state.pending is None else state.pending.layer_BW.shape[1]
     same_window = window == (plan.window if catches_up(plan, num_layers) else None)
     if not (same_depth and same_cache and same_window):
         raise ValueError(
             "expected a state that was made for this plan: its depth policy keeps another state, or the cache does not "
-            f"track empty slots or waiting tokens as fill={plan.fill!r} needs, or evicts otherwise; call prefill with "
-            "the same plan"
+            f"track empty slots or waiting tokens as fill={plan.fill!r} needs, or evicts or selects otherwise; call "
+            "prefill with the same plan"
         )

@@ -188,8 +188,11 @@ def _grouped(layers, decisions, top, x_BTD, caches, run, policy, state, carry, *
 
 def _scan(layers, top, x_BTD, caches, run, policy, state):
     num_layers = len(layers)
-    if any(jax.tree.structure(layer) != jax.tree.structure(layers[0]) for layer in layers[:top]):
-        raise ValueError("expected layers of one structure for driver 'scan' (one window for all); use 'masked'")
+    if any(_kind(pair) != _kind((layers[0], caches[0])) for pair in zip(layers[:top], caches[:top], strict=True)):
+        raise ValueError(
+            "expected layers of one structure for driver 'scan' (one window and one kind of cache for all); "
+            "use 'masked'"
+        )
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(layers[:top], caches[:top], strict=True))
 
     def body(carry, inputs):
@@ -208,9 +211,14 @@ def _scan(layers, top, x_BTD, caches, run, policy, state):
     return LayersOut(x_BTD=x_BTD, caches=(*used, *caches[top:]), state=state, needed_BT=needed_BT, run=jnp.int32(top))
 
 
+def _kind(layer_and_cache):
+    leaves, structure = jax.tree.flatten(layer_and_cache)
+    return structure, [jnp.shape(leaf) for leaf in leaves]
+
+
 def _fill(layer, x_BTD, cache, run):
     """Store what later tokens will read of a layer that no token ran."""
     if cache is None or not run.propagate:
         return cache
     k_BTKH, v_BTKH = layer.project_kv(x_BTD, run.positions_BT)
-    return store(cache, k_BTKH, v_BTKH, run.positions_BT, run.live_BT, run.evict)
+    return store(cache, k_BTKH, v_BTKH, run.positions_BT, run.live_BT, run.evict, run.select)

@@ -2,8 +2,8 @@
 
 Every token decides for itself as it would while decoding, and attends to keys of the states at which earlier tokens
 ended (with ``fill="catch_up"`` to the dense model's keys), so the result equals feeding the text through
-:func:`dyninf.decode_step` token by token. Under a plan that evicts, what a token may read depends on all tokens before
-it: its text is fed that way, one step a token.
+:func:`dyninf.decode_step` token by token. Under a plan that evicts or selects, what a token reads depends on all tokens
+before it: its text is fed that way, one step a token.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from dyninf.cache import CacheSpec
 from dyninf.catch_up import force_catch_up
 from dyninf.depth_loop import Driver, check_driver, run_layers, run_static
 from dyninf.generate import advance_step, prefill
-from dyninf.kv.base import KeepAll
+from dyninf.kv.base import KeepAll, ReadAll
 from dyninf.layer_run import LayerRun
 from dyninf.model import CausalLM, readout_of
 from dyninf.plan import Plan, catches_up, check, leaves_gaps, propagates
@@ -43,8 +43,8 @@ def forward(
 ) -> Forward:
     """Return what the plan predicts after every token of ``tokens``.
 
-    Costs every layer for every token, whatever the plan saves while decoding, and a plan that evicts a decode step for
-    every token after the prompt: this measures quality, not speed.
+    Costs every layer for every token, whatever the plan saves while decoding, and a plan that evicts or selects a
+    decode step for every token after the prompt: this measures quality, not speed.
 
     Args:
         tokens: ``int32 [B, T]``, right-padded.
@@ -57,7 +57,7 @@ def forward(
 
     Raises:
         ValueError: if the plan does not fit the model, its prompt runs other layers than ``unrolled`` would, or
-            another driver than ``masked`` is asked for a plan that catches up or evicts.
+            another driver than ``masked`` is asked for a plan that catches up, evicts or selects.
     """
     plan = Plan() if plan is None else plan
     check(plan, model)
@@ -68,9 +68,9 @@ def forward(
     live_BT = positions_BT < lengths[:, None]
     step_BT = positions_BT - prompt_lengths[:, None]
     depth, num_layers = plan.depth, len(model.layers)
-    if not isinstance(plan.evict, KeepAll):
+    if plan.evict != KeepAll() or plan.select != ReadAll():
         if driver != "masked":
-            raise ValueError(f"expected driver 'masked' for a text under a plan that evicts, got {driver!r}")
+            raise ValueError(f"expected driver 'masked' for a text under a plan that evicts or selects, got {driver!r}")
         return _forward_by_steps(model, tokens, plan, lengths, prompt_lengths)
     run = LayerRun(
         positions_BT=positions_BT,
@@ -105,8 +105,8 @@ def forward(
 def _forward_by_steps(model, tokens_BT, plan, lengths_B, prompt_lengths_B) -> Forward:
     """Run the prompts at once and feed every token behind them to a decode step."""
     batch, length = tokens_BT.shape
-    # Nothing is evicted before a prompt has been attended to.
-    kept = dataclasses.replace(plan, evict=KeepAll())
+    # Nothing is evicted before a prompt has been attended to, and a prompt reads everything.
+    kept = dataclasses.replace(plan, evict=KeepAll(), select=ReadAll())
     out = forward(model, tokens_BT, kept, lengths=prompt_lengths_B, prompt_lengths=prompt_lengths_B)
     spec = CacheSpec(capacity=length)
     _, state = prefill(model, tokens_BT, prompt_lengths_B, plan, spec, jax.random.key(0))

@@ -20,9 +20,11 @@ from dyninf.catch_up import no_pending
 from dyninf.decode_state import DecodeState, Generation, check_state
 from dyninf.depth_loop import Driver, check_driver, default_driver, run_layers, run_static
 from dyninf.indexed import is_indexed
+from dyninf.kv.base import KeepAll, ReadAll
+from dyninf.kv.pages import mean_read, summary_sizes
 from dyninf.kv.top_k import TopK, slots_for
 from dyninf.layer_run import LayerRun
-from dyninf.model import CausalLM, readout_of
+from dyninf.model import CausalLM, kv_shape, readout_of
 from dyninf.plan import Plan, catches_up, check, leaves_gaps, propagates
 from dyninf.prompts import PAD, check_key, check_prompts, stop_matrix
 from dyninf.stats import StepStats
@@ -60,18 +62,19 @@ def prefill(
     positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
     live_BT = positions_BT < lengths[:, None]
     evicts = isinstance(plan.evict, TopK)
-    cache = init_cache(model, batch, spec, track_valid=leaves_gaps(plan), evicts=evicts)
+    num_layers = len(model.layers)
+    summaries = summary_sizes(plan.select, num_layers, spec.capacity, kv_shape(model).shape[-1])
+    cache = init_cache(model, batch, spec, track_valid=leaves_gaps(plan), evicts=evicts, summaries=summaries)
     run = LayerRun(
         positions_BT=positions_BT,
         step_BT=jnp.zeros((batch, length), jnp.int32),
         live_BT=live_BT,
         governed_BT=jnp.zeros((batch, length), bool),
-        attend=attend_prompt(lengths, plan.evict),
+        attend=attend_prompt(lengths, plan.evict, plan.select),
         unembed=model.unembed,
         readout=readout_of(model),
         propagate=propagates(plan),
     )
-    num_layers = len(model.layers)
     kept, depth = plan.depth.prefill_layers(num_layers), plan.depth.init((batch, length))
     out = run_static(model.layers, model.embed(tokens), cache.layers, run, plan.depth, depth, kept)
     last_BTD = jnp.take_along_axis(out.x_BTD, (lengths - 1)[:, None, None], axis=1)
@@ -79,7 +82,7 @@ def prefill(
     stop = jnp.zeros((0, 1), jnp.int32) if stop is None else stop
     state = DecodeState(
         token=jnp.zeros(batch, jnp.int32),
-        cache=advance(cache, stack_caches(out.caches) if is_indexed(model.layers) else out.caches, lengths),
+        cache=advance(cache, stack_caches(out.caches) if _stacks(model, plan) else out.caches, lengths),
         depth=plan.depth.init((batch, 1)),
         key=key if key.ndim else jax.random.split(key, batch),
         done=jnp.zeros(batch, bool),
@@ -139,11 +142,12 @@ def advance_step(
         step_BT=jnp.broadcast_to(state.step - 1, positions_BT.shape),
         live_BT=live_BT,
         governed_BT=live_BT,
-        attend=attend_cached(positions_BT, live_BT, plan.evict, write_inactive=propagates(plan)),
+        attend=attend_cached(positions_BT, live_BT, plan.evict, plan.select, write_inactive=propagates(plan)),
         unembed=model.unembed,
         readout=readout_of(model),
         propagate=propagates(plan),
         evict=plan.evict,
+        select=plan.select,
     )
     caches, stacked = state.cache.layers, state.cache.stacked
     out = run_layers(
@@ -160,7 +164,8 @@ def advance_step(
     live_B = live_BT[:, 0]
     caches = stack_caches(out.caches) if stacked and driver != "indexed" else out.caches
     cache = advance(state.cache, caches, live_B.astype(jnp.int32))
-    stats = StepStats(active=live_B, needed=out.needed_BT[:, 0], run=out.run, kv_live=cache.live, kv_read=cache.live)
+    kv_read = mean_read(plan.select, cache.summary_sizes, cache.live)
+    stats = StepStats(active=live_B, needed=out.needed_BT[:, 0], run=out.run, kv_live=cache.live, kv_read=kv_read)
     state = dataclasses.replace(state, cache=cache, depth=out.state, pending=out.pending)
     return state, logits_BV, out.x_BTD[:, 0], stats
 
@@ -227,10 +232,15 @@ def _begin(model, tokens, plan, max_new_tokens, key, lengths, stop, driver) -> D
     if driver is not None:
         check_driver(driver, model.layers, plan, tokens.shape[0])
     capacity = tokens.shape[1] + max_new_tokens
-    if is_indexed(model.layers):
+    if is_indexed(model.layers) or isinstance(plan.select, TopK):
         capacity = -(-capacity // 8) * 8  # what kernels read at once
     spec = CacheSpec(capacity=capacity)
     return _prefill(model, tokens, lengths, plan, spec, key, stop_matrix(stop))[1]
+
+
+def _stacks(model: CausalLM, plan: Plan) -> bool:
+    """Return whether the caches of all layers are kept as one, which layers by index read; never with other caches."""
+    return is_indexed(model.layers) and isinstance(plan.evict, KeepAll) and isinstance(plan.select, ReadAll)
 
 
 def _sample(state: DecodeState, logits_BV: jax.Array, plan: Plan) -> DecodeState:

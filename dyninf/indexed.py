@@ -14,7 +14,7 @@ import numpy as np
 
 from dyninf.cache import LayerCache
 from dyninf.depth.base import DepthPolicy
-from dyninf.kv.base import KeepAll
+from dyninf.kv.base import KeepAll, ReadAll
 from dyninf.layer_run import LayerRun, LayersOut, decide, layer_groups, observe
 from dyninf.plan import Plan, catches_up, leaves_gaps
 
@@ -50,6 +50,8 @@ def refuse_indexed(plan: Plan, num_layers: int) -> str | None:
         return "it runs leading layers, or a static schedule, and cannot skip by token"
     if plan.evict != KeepAll():
         return "its slots hold the positions of their number, which a cache that evicts does not"
+    if plan.select != ReadAll():
+        return "its layers read every slot and keep no summaries of pages"
     if leaves_gaps(plan) or catches_up(plan, num_layers):
         return f"it stores keys and values of every token in every layer, which fill={plan.fill!r} does not"
     return None

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dyninf.attention import LayerAttend
 from dyninf.cache import LayerCache
 from dyninf.depth.base import EXIT, SKIP, DepthPolicy, LayerObs, consult
-from dyninf.kv.base import KeepAll
+from dyninf.kv.base import KeepAll, ReadAll
 from dyninf.kv.top_k import TopK
 from dyninf.model import DecoderLayer
 from dyninf.pytree import pytree
@@ -41,6 +41,7 @@ class LayerRun:
         readout: what the logits of a state say, without the logits.
         propagate: whether tokens store the projection of their last state for layers that they do not run.
         evict: what the caches keep.
+        select: what a step reads of them.
     """
 
     positions_BT: jax.Array
@@ -52,6 +53,7 @@ class LayerRun:
     readout: Callable[[jax.Array], Readout]
     propagate: bool
     evict: TopK | KeepAll = KeepAll()
+    select: TopK | ReadAll = ReadAll()
 
 
 @pytree()

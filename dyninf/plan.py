@@ -22,8 +22,8 @@ from dyninf.sparsity.base import Dense
 class Plan:
     """How to run a model.
 
-    This version changes depth, eviction and sampling; the other fields accept their identity elements and mark where
-    sparse prefill, selection and self-speculation plug in.
+    This version changes depth, eviction, selection and sampling; the other fields accept their identity elements and
+    mark where sparse prefill and self-speculation plug in.
 
     Args:
         sparsity: which blocks prefill attends.
@@ -40,7 +40,7 @@ class Plan:
 
     sparsity: Dense = Dense()
     evict: TopK | KeepAll = KeepAll()
-    select: ReadAll = ReadAll()
+    select: TopK | ReadAll = ReadAll()
     depth: DepthPolicy = RunAll()
     fill: Literal["propagate", "mask", "catch_up"] = "propagate"
     # With the new token that makes 8, the smallest tile of the matrix units: at batch 1 waiting tokens then ride along
@@ -65,7 +65,7 @@ def catches_up(plan: Plan, num_layers: int) -> bool:
     return plan.fill == "catch_up" and not plan.depth.nested and plan.depth.static_layers(num_layers) is None
 
 
-_IDENTITIES = {"sparsity": Dense, "select": ReadAll, "draft": type(None)}
+_IDENTITIES = {"sparsity": Dense, "draft": type(None)}
 
 
 def check(plan: Plan, model: CausalLM) -> None:
@@ -81,17 +81,15 @@ def check(plan: Plan, model: CausalLM) -> None:
         value = getattr(plan, name)
         if not isinstance(value, identity):
             raise NotImplementedError(f"expected {name}={identity.__name__} in this version, got {value!r}")
-    if not isinstance(plan.evict, TopK | KeepAll):
-        raise ValueError(f"expected evict to be TopK(scorer=..., budget=...) or KeepAll(), got {plan.evict!r}")
-    if isinstance(plan.evict, TopK):
-        plan.evict.validate()
-        if plan.fill != "propagate" and not plan.depth.nested:
-            raise NotImplementedError(
-                f"expected fill='propagate' for a plan that evicts, got {plan.fill!r}, under which layers lack keys of "
-                "some tokens"
+    for name, identity in (("evict", KeepAll), ("select", ReadAll)):
+        value = getattr(plan, name)
+        if not isinstance(value, TopK | identity):
+            raise ValueError(
+                f"expected {name} to be TopK(scorer=..., budget=...) or {identity.__name__}(), got {value!r}"
             )
     if not isinstance(plan.depth, DepthPolicy):
         raise ValueError(f"expected depth to be a DepthPolicy, got {plan.depth!r}")
+    _check_cache(plan)
     if not isinstance(plan.sampler, Sampler):
         raise ValueError(f"expected sampler to be a Sampler, got {plan.sampler!r}")
     for name in ("depth", "sampler"):
@@ -112,6 +110,30 @@ def check(plan: Plan, model: CausalLM) -> None:
         )
     plan.depth.validate(len(model.layers))
     plan.sampler.validate()
+
+
+def _check_cache(plan: Plan) -> None:
+    """Raise if eviction or selection is out of range, or cannot be had together with the rest of the plan."""
+    filled = plan.fill == "propagate" or plan.depth.nested
+    if isinstance(plan.evict, TopK):
+        plan.evict.validate()
+        if not filled:
+            raise NotImplementedError(
+                f"expected fill='propagate' for a plan that evicts, got {plan.fill!r}, under which layers lack keys of "
+                "some tokens"
+            )
+    if isinstance(plan.select, TopK):
+        plan.select.validate_selection()
+        if isinstance(plan.evict, TopK):
+            raise NotImplementedError(
+                "expected evict=KeepAll() for a plan that selects: slots of a cache that evicts are in no order, so "
+                "that its pages hold no neighbours"
+            )
+        if plan.fill == "catch_up" and not filled:
+            raise NotImplementedError(
+                "expected fill='propagate' or 'mask' for a plan that selects, got 'catch_up', under which several "
+                "tokens of a sequence would have to choose at once"
+            )
 
 
 def describe(plan: Plan) -> str:

@@ -18,8 +18,9 @@ class StepStats:
         active: sequences that still generated, bool ``[B]``.
         needed: layers each sequence needed ``[B]``; 0 where not active.
         run: layers the hardware ran, a scalar.
-        kv_live: cache entries of each sequence ``[B]``.
-        kv_read: cache entries an executed layer read for each sequence ``[B]``.
+        kv_live: cache entries of each sequence in a layer ``[B]``.
+        kv_read: cache entries that a layer reads for each sequence where it runs ``[B]``, a mean over all layers.
+            Windows of layers are not counted.
     """
 
     active: jax.Array

@@ -248,8 +248,8 @@ def test_bad_input_gets_one_clear_error_before_any_work(tiny_model, start, chang
 
 
 def test_what_this_version_cannot_run_is_named(tiny_model):
-    with pytest.raises(NotImplementedError, match="expected select=ReadAll in this version, got 'quest'"):
-        generate(tiny_model, PROMPTS, Plan(select="quest"), max_new_tokens=3)
+    with pytest.raises(NotImplementedError, match="expected sparsity=Dense in this version, got 'blocks'"):
+        generate(tiny_model, PROMPTS, Plan(sparsity="blocks"), max_new_tokens=3)
 
 
 def test_prefill_and_decode_step_refuse_what_does_not_fit(tiny_model):

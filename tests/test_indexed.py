@@ -9,6 +9,7 @@ from dyninf import CacheSpec, Plan, decode_step, generate, prefill
 from dyninf.configs.plans import plans
 from dyninf.depth import Confidence, DepthDecay, Recorded, Saturation, every, first_of
 from dyninf.indexed import refuse_indexed
+from dyninf.kv import Quest, Recency, TopK
 from dyninf.models import stack_for_decoding
 
 NUM_LAYERS = 6
@@ -32,8 +33,8 @@ def stacked(tiny_model):
 
 def test_most_named_plans_can_be_indexed():
     refused = {name for name, plan in NAMED.items() if refuse_indexed(plan, NUM_LAYERS) is not None}
-    evicting = {name for name in NAMED if name.startswith("evict_")}
-    assert refused == {"decay_power", "decay_linear", "exit_confidence_masked", "halt_tokens"} | evicting
+    caches = {name for name in NAMED if name.startswith(("evict_", "select_"))}
+    assert refused == {"decay_power", "decay_linear", "exit_confidence_masked", "halt_tokens"} | caches
 
 
 @pytest.mark.parametrize("name", [*SERVED, *OWN])
@@ -76,13 +77,16 @@ def test_other_drivers_run_stacked_layers_too(tiny_model, stacked):
         (Plan(depth=DepthDecay()), "cannot skip by token"),
         (Plan(depth=Saturation(threshold=0.9), fill="mask"), "fill='mask' does not"),
         (Plan(depth=Saturation(threshold=0.9), fill="catch_up"), "fill='catch_up' does not"),
+        (Plan(evict=TopK(scorer=Recency(), budget=6)), "which a cache that evicts does not"),
+        (Plan(select=TopK(scorer=Quest(page_size=2), budget=6, dense_layers=2)), "keep no summaries of pages"),
     ],
-    ids=["skips", "mask", "catch_up"],
+    ids=["skips", "mask", "catch_up", "evicts", "selects"],
 )
-def test_a_plan_that_it_cannot_run_is_refused_or_left_to_segments(stacked, plan, message):
+def test_a_plan_that_it_cannot_run_is_refused_or_left_to_others(tiny_model, stacked, plan, message):
     with pytest.raises(ValueError, match=message):
         generate(stacked, [1, 2], plan, max_new_tokens=2, driver="indexed")
-    assert generate(stacked, [1, 2], plan, max_new_tokens=2).tokens.shape == (1, 2)
+    want = generate(tiny_model, PROMPTS[:1], plan, max_new_tokens=4)
+    np.testing.assert_array_equal(generate(stacked, PROMPTS[:1], plan, max_new_tokens=4).tokens, want.tokens)
 
 
 def test_a_list_of_layers_is_refused(tiny_model):

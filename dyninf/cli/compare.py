@@ -16,6 +16,8 @@ from dyninf.cli.decoding import Excerpt, time_excerpt
 from dyninf.cli.heldout import MAX_WINDOW, SUFFIXES, Windows, read_documents, windows_of
 from dyninf.cli.plan_options import check_plan, read_plans
 from dyninf.cli.quality import Quality, batches, evaluate
+from dyninf.model import kv_shape
+from dyninf.models import Transformer
 from dyninf.timing import Timing, device_name
 
 DEFAULT_PLANS = "dense,exit_half,unified_skip,exit_confidence,exit_patience,exit_saturation"
@@ -87,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     with progress() as bar:
         qualities = _measure_quality(loaded, plans, windows, bar)
         timings = _measure_time(loaded, plans, excerpts(windows), bar)
-    rows = [_row(name, num_layers, windows, qualities, timings) for name in plans]
+    rows = [_row(name, loaded.model, windows, qualities, timings) for name in plans]
     about = {
         "model": loaded.name,
         "dtype": loaded.dtype,
@@ -152,31 +154,36 @@ def _measure_quality(
 
 def _measure_time(
     loaded: Loaded, plans: dict[str, dyninf.Plan], texts: list[Excerpt], bar: Progress
-) -> dict[str, tuple[Timing, float]]:
+) -> dict[str, tuple[Timing, dict[str, float]]]:
     """Time every plan on one text before the next text, so that all see the same state of the machine."""
     task = bar.add_task("decoding", total=len(plans) * (1 + len(texts)))
     samples: dict[str, list[float]] = {name: [] for name in plans}
-    used: dict[str, list[float]] = {name: [] for name in plans}
+    used: dict[str, list[dict[str, float]]] = {name: [] for name in plans}
     for number, text in enumerate([texts[0], *texts]):
         for name, plan in plans.items():
             bar.update(task, description=f"decoding as {name}")
             timing, means = time_excerpt(loaded.model, plan, text, warmup=int(number == 0), repeats=1)
             if number:  # the first text warms up
                 samples[name].append(timing.median)
-                used[name].append(means["layers_run"])
+                used[name].append(means)
             bar.advance(task)
-    return {name: (Timing(samples=tuple(samples[name])), float(np.mean(used[name]))) for name in plans}
+    means = {
+        name: {key: float(np.mean([one[key] for one in spent])) for key in spent[0]} for name, spent in used.items()
+    }
+    return {name: (Timing(samples=tuple(samples[name])), means[name]) for name in plans}
 
 
 def _row(
     name: str,
-    num_layers: int,
+    model: Transformer,
     windows: Windows,
     qualities: dict[str, Quality],
-    timings: dict[str, tuple[Timing, float]],
+    timings: dict[str, tuple[Timing, dict[str, float]]],
 ) -> dict[str, Any]:
     quality, dense = qualities[name], qualities["dense"]
-    timing, layers_run = timings[name]
+    timing, means = timings[name]
+    entry, num_layers = kv_shape(model), len(model.layers)
+    token = 2 * entry.size * entry.dtype.itemsize  # bytes of a key and a value in one layer
     return {
         "plan": name,
         "bits_per_byte": quality.bits_per_byte,
@@ -185,7 +192,9 @@ def _row(
         "agreement_with_dense": float(np.mean(quality.choices == dense.choices)),
         "layers_needed": quality.layers_needed,
         "layers_needed_share": quality.layers_needed / num_layers,
-        "layers_run": layers_run,
+        "layers_run": means["layers_run"],
+        "kv_live_bytes": means["kv_live"] * num_layers * token,
+        "kv_read_bytes": means["kv_read"] * means["layers_run"] * token,
         "seconds_per_token": timing.median,
         "seconds_per_token_p10": timing.p10,
         "seconds_per_token_p90": timing.p90,
@@ -200,8 +209,8 @@ def _print(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     )
     table = Table(title=title, title_justify="left")
     table.add_column("plan")
-    columns = ("bits/byte", "accuracy", "of dense", "agrees", "needed", f"of {about['num_layers']}", "run", "ms/token")
-    for column in (*columns, "speed-up"):
+    columns = ("bits/byte", "accuracy", "of dense", "agrees", "needed", f"of {about['num_layers']}", "run")
+    for column in (*columns, "KV held", "KV read", "ms/token", "speed-up"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -213,6 +222,8 @@ def _print(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
             f"{row['layers_needed']:.2f}",
             f"{100 * row['layers_needed_share']:.0f} %",
             f"{row['layers_run']:.2f}",
+            f"{row['kv_live_bytes'] / 1e6:.2f} MB",
+            f"{row['kv_read_bytes'] / 1e6:.2f} MB",
             f"{1000 * row['seconds_per_token']:.2f}",
             f"{row['speedup']:.2f}x",
         )
@@ -220,5 +231,7 @@ def _print(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     console.print(table)
     console.print(
         "accuracy: next token right; of dense: relative to the dense model; agrees: same choice as dense; needed, of "
-        f"{about['num_layers']}: mean layers a token needed; run: layers run while timed; speed-up: against dense."
+        f"{about['num_layers']}: mean layers a token needed; run: layers run while timed; KV held, read: keys and "
+        "values in the cache and those that a step reads, without the summaries that it chooses by; speed-up: against "
+        "dense."
     )

@@ -9,7 +9,7 @@ from dyninf import describe
 from dyninf.cli.common import check_positive, table_console
 from dyninf.cli.plan_options import fields, policies, shown
 from dyninf.configs.plans import plans
-from dyninf.kv import KeepAll
+from dyninf.kv import KeepAll, ReadAll
 
 EXAMPLES = """\
 examples:
@@ -42,7 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
     for name, plan in plans(arguments.layers).items():
         changeable = " ".join(f"{path}={shown(value)}" for path, value in fields(plan).items())
         table.add_row(name, describe(plan), changeable)
-        held = [*policies(plan.depth), *([] if plan.evict == KeepAll() else policies(plan.evict))]
+        held = [*policies(plan.depth)]
+        for policy, identity in ((plan.evict, KeepAll()), (plan.select, ReadAll())):
+            held += [] if policy == identity else policies(policy)
         summaries |= {type(policy).__name__: _first_line(policy) for policy in held}
     legend = Table(title="Policies", title_justify="left")
     legend.add_column("policy", no_wrap=True)

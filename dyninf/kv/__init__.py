@@ -2,12 +2,16 @@
 
 from dyninf.kv.base import KeepAll as KeepAll
 from dyninf.kv.base import KVScorer as KVScorer
+from dyninf.kv.base import PageScorer as PageScorer
 from dyninf.kv.base import PromptKV as PromptKV
 from dyninf.kv.base import ReadAll as ReadAll
 from dyninf.kv.base import StepKV as StepKV
 from dyninf.kv.h2o import H2O as H2O
 from dyninf.kv.key_norm import KeyNorm as KeyNorm
+from dyninf.kv.page_mean import PageMean as PageMean
+from dyninf.kv.quest import Quest as Quest
 from dyninf.kv.recency import Recency as Recency
 from dyninf.kv.snap_kv import SnapKV as SnapKV
+from dyninf.kv.token_select import TokenSelect as TokenSelect
 from dyninf.kv.top_k import TopK as TopK
 from dyninf.kv.tova import TOVA as TOVA

@@ -1,11 +1,14 @@
 """The protocol of cache policies: what the cache keeps (eviction), and what a decode step reads of it (selection).
 
-A method is one :class:`KVScorer`: a score for every key of every key/value head. Under ``Plan(evict=...)`` a cache has
-a fixed number of slots and forgets the lowest scores for good; what is scored, and when, is the scorer's affair.
+A method that evicts is one :class:`KVScorer`: a score for every key of every key/value head. Under ``Plan(evict=...)``
+a cache has a fixed number of slots and forgets the lowest scores for good; what is scored, and when, is the scorer's
+affair. A method that selects is one :class:`PageScorer`: a score for every page of a cache that keeps everything. Under
+``Plan(select=...)`` a decode step leaves the pages of the lowest scores unread; the next one chooses anew.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import jax
 
@@ -72,6 +75,30 @@ class KVScorer:
     def update(self, scores_BSK: jax.Array, obs: StepKV) -> jax.Array:
         """Return the scores of all slots after a decode step; unchanged unless the scorer says otherwise."""
         return scores_BSK
+
+    def validate(self) -> None:
+        """Raise ValueError if a parameter is out of its range."""
+
+
+class PageScorer:
+    """Base of scorers of pages, which see the queries of a step and a summary of the keys of each page.
+
+    Attributes:
+        page_size: slots of a page (at least 1), static.
+        kind: what summaries hold, see :func:`pallas_kernels.summarize_pages`.
+    """
+
+    page_size: int
+    kind: ClassVar[Literal["mean", "bounds"]]
+
+    def score(self, q_BTNH: jax.Array, summary_BPKX: jax.Array, num_pages_B: jax.Array) -> jax.Array:
+        """Return the score of every page and key/value head ``[B, K, P]``, float32; those of unused pages are ignored.
+
+        Args:
+            q_BTNH: queries, rotated.
+            num_pages_B: pages in use, the last one perhaps in part.
+        """
+        raise NotImplementedError(f"expected {type(self).__name__} to define score")
 
     def validate(self) -> None:
         """Raise ValueError if a parameter is out of its range."""

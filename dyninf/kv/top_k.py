@@ -1,4 +1,7 @@
-"""A cache of a fixed number of slots that forgets the lowest scores: what every evicting method shares."""
+"""The best tokens by their scores: what every method shares, and the cache of a fixed number of slots that evicts.
+
+:mod:`dyninf.kv.pages` has what selection does with the same settings.
+"""
 
 import dataclasses
 
@@ -6,50 +9,84 @@ import jax
 import jax.numpy as jnp
 
 from dyninf.cache import LayerCache, write_prompt
-from dyninf.kv.base import KVScorer, PromptKV, StepKV
+from dyninf.kv.base import KVScorer, PageScorer, PromptKV, StepKV
 from dyninf.kv.mass import attention_mass
 from dyninf.pytree import pytree
 
 LOWEST = -3e38  # of scores that are not a number; above that of slots which hold nothing
 
 
-@pytree(static=("budget", "sinks", "recent"))
+@pytree(static=("budget", "sinks", "recent", "dense_layers"))
 class TopK:
-    """Keep ``budget`` tokens in every layer, the first and the newest ones among them, the rest by their scores.
+    """Keep, or read, ``budget`` tokens in every layer: the first and the newest ones, the rest by their scores.
 
-    Each key/value head keeps its own. A prompt is attended to in full and evicted layer by layer, so that the full
-    cache of all layers never exists; every later token takes the slot of the lowest score before it attends. Exact
-    while a sequence is not longer than the budget.
+    Each key/value head has its own, and a sequence that is not longer than the budget is exact.
+
+    As ``Plan(evict=...)`` the cache has that many slots. A prompt is attended to in full and evicted layer by layer, so
+    that the full cache of all layers never exists; every later token takes the slot of the lowest score before it
+    attends.
+
+    As ``Plan(select=...)`` the cache keeps everything, with a summary of each page of keys, and a decode step reads
+    the pages of the highest scores. Sinks and recent tokens take whole pages. A step reads the summaries and the
+    budget; writing a token costs one page of keys.
 
     Args:
-        scorer: the method.
-        budget: slots of a layer, and tokens that a decode step reads at most, its own included.
-        sinks: first tokens of a sequence that are always kept.
-        recent: newest tokens that are always kept, the current one included (at least 1).
+        scorer: the method; a :class:`KVScorer` evicts, a :class:`PageScorer` selects.
+        budget: tokens of a layer that are kept or read at most, the current one included. For selection a multiple of
+            the page size.
+        sinks: first tokens of a sequence that are always kept or read.
+        recent: newest tokens that are always kept or read, the current one included (at least 1).
+        dense_layers: first layers that read everything; for selection only.
 
     Raises:
         ValueError: from :func:`dyninf.plan.check`, if the budget has no room for sinks and recent tokens.
     """
 
-    scorer: KVScorer
+    scorer: KVScorer | PageScorer
     budget: int
     sinks: int = 4
     recent: int = 1
+    dense_layers: int = 0
 
     def validate(self) -> None:
-        """Raise ValueError if a parameter is out of its range."""
+        """Raise ValueError if a parameter is out of its range for eviction."""
         if not isinstance(self.scorer, KVScorer):
-            raise ValueError(f"expected a KVScorer for TopK, got {self.scorer!r}")
-        for name, least in (("budget", 1), ("sinks", 0), ("recent", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+            raise ValueError(f"expected a KVScorer for TopK that evicts, got {self.scorer!r}")
+        self._validate_sizes()
+        if self.dense_layers:
+            raise ValueError(f"expected dense_layers=0 for TopK that evicts, got {self.dense_layers}")
         if self.budget < self.sinks + self.recent:
             raise ValueError(
                 f"expected a budget of at least sinks + recent = {self.sinks + self.recent} tokens, got {self.budget}; "
                 "raise it, or keep fewer of these"
             )
         self.scorer.validate()
+
+    def validate_selection(self) -> None:
+        """Raise ValueError if a parameter is out of its range for selection."""
+        if not isinstance(self.scorer, PageScorer):
+            raise ValueError(f"expected a PageScorer for TopK that selects, got {self.scorer!r}")
+        self._validate_sizes()
+        _require_whole("page_size", self.scorer.page_size, 1)
+        size = self.scorer.page_size
+        least = size * (self.sink_pages + self.recent_pages)
+        fixed = max(least, -(-self.budget // size) * size)
+        if self.budget % size or self.budget < least:
+            raise ValueError(
+                f"expected a budget that is a multiple of page_size={size} and at least {least} tokens, the pages of "
+                f"sinks={self.sinks} and recent={self.recent}, got {self.budget}; use {fixed}"
+            )
+        self.scorer.validate()
+
+    @property
+    def sink_pages(self) -> int:
+        """First pages that are always read."""
+        return -(-self.sinks // self.scorer.page_size)
+
+    @property
+    def recent_pages(self) -> int:
+        """Last pages that are always read: as many as hold the recent tokens wherever in its page the last one is."""
+        return 1 + -(-(self.recent - 1) // self.scorer.page_size)
 
     def compress(self, cache: LayerCache, obs: PromptKV, active_BT: jax.Array) -> LayerCache:
         """Return the empty ``cache`` of a layer with what is kept of a prompt, in the order of the text."""
@@ -133,6 +170,10 @@ class TopK:
         changed_BSK = held_BSK & active_BT[:, :, None]
         return dataclasses.replace(cache, scores=jnp.where(changed_BSK, scores_BSK, cache.scores))
 
+    def _validate_sizes(self) -> None:
+        for name, least in (("budget", 1), ("sinks", 0), ("recent", 1), ("dense_layers", 0)):
+            _require_whole(name, getattr(self, name), least)
+
     def _forced(self, positions: jax.Array, length: jax.Array) -> jax.Array:
         """Return which positions of sequences of this length are kept whatever their score."""
         return (positions >= 0) & ((positions < self.sinks) | (positions >= length - self.recent))
@@ -141,6 +182,11 @@ class TopK:
 def slots_for(evict: object, capacity: int) -> int:
     """Return the slots of a layer for sequences of ``capacity`` tokens."""
     return min(capacity, evict.budget) if isinstance(evict, TopK) else capacity
+
+
+def _require_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
 
 
 def _sound(scores: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from dyninf.cli.compare import excerpts
 from dyninf.cli.decoding import Excerpt, bytes_per_step, random_state, time_excerpt
 from dyninf.cli.heldout import Windows, cut_windows
 from dyninf.configs.plans import plans
+from dyninf.kv import Quest, TopK
 from dyninf.training.corpus import Document
 
 TEXT = "def name(self):\n    return self.größe\n" * 6
@@ -92,9 +93,15 @@ def test_compare_writes_rows_and_a_table(folder, tmp_path, capsys, monkeypatch):
     assert dense["layers_needed"] == dense["layers_run"] == 4.0
     assert loose["layers_needed"] < strict["layers_needed"] <= 4.0
     assert 0 < loose["agreement_with_dense"] < 1
+    assert dense["kv_live_bytes"] == dense["kv_read_bytes"] > loose["kv_read_bytes"] > 0
     assert loose["seconds_per_token"] > 0 and loose["layers_needed_share"] == loose["layers_needed"] / 4
     out = capsys.readouterr().out
-    assert low in out and "speed-up" in out and f"{loose['bits_per_byte']:.3f}" in out
+    assert (
+        low in out
+        and "speed-up" in out
+        and f"{dense['kv_live_bytes'] / 1e6:.2f} MB" in out
+        and f"{loose['bits_per_byte']:.3f}" in out
+    )
 
 
 def test_decoding_for_the_time_follows_the_text(loaded, windows):
@@ -116,9 +123,10 @@ def test_excerpts_have_one_size_and_come_from_the_text():
         excerpts(Windows(inputs=inputs, targets=inputs, lengths=np.asarray([1, 1, 1]), num_bytes=inputs))
 
 
-@pytest.mark.parametrize("name", ["exit_half", "exit_confidence_masked", "exit_patience"])
+@pytest.mark.parametrize("name", ["exit_half", "exit_confidence_masked", "exit_patience", "evict_recent", "selects"])
 def test_a_random_state_is_one_that_a_prefill_could_leave(name, loaded):
-    model, plan, spec = loaded[0], plans(4)[name], dyninf.CacheSpec(capacity=11)
+    selects = dyninf.Plan(select=TopK(scorer=Quest(page_size=4), budget=8, dense_layers=1))
+    model, plan, spec = loaded[0], {**plans(4), "selects": selects}[name], dyninf.CacheSpec(capacity=11)
     made = random_state(model, plan, batch=3, length=5, capacity=11, key=jax.random.key(0))
     tokens = jnp.ones((3, 5), jnp.int32)
     _, real = jax.eval_shape(

@@ -1,0 +1,121 @@
+"""What a decode step reads under ``Plan(select=TopK(...))``: summaries of pages, and the choice among them.
+
+Page p of a cache holds the slots from ``p * page_size`` on. The summary of a page is computed from the keys that the
+cache holds, after a prompt for all of them and after a step for the page that was written, so that it follows from the
+cache alone: a state that is rolled back to fewer tokens makes it anew with the next token of the page. Slots that hold
+no key (``fill="mask"``) are left out.
+
+Layers read everything, and hold no summary, where the budget covers the whole cache or ``dense_layers`` says so.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dyninf.cache import LayerCache
+from dyninf.kv.base import ReadAll
+from dyninf.kv.top_k import TopK
+from pallas_kernels import KVIndex, summarize_page, summarize_pages, topk_pages
+
+TILE = 8  # kernels take pages by so many
+
+
+def summary_sizes(
+    select: TopK | ReadAll, num_layers: int, capacity: int, head_dim: int
+) -> tuple[tuple[int, int] | None, ...]:
+    """Return the pages and numbers ``(P, X)`` of each layer's summary, ``None`` for layers that read everything."""
+    if isinstance(select, ReadAll) or select.budget >= capacity:
+        return (None,) * num_layers
+    pages = -(-capacity // (select.scorer.page_size * TILE)) * TILE
+    size = (pages, head_dim if select.scorer.kind == "mean" else 2 * head_dim)
+    dense = min(select.dense_layers, num_layers)
+    return (None,) * dense + (size,) * (num_layers - dense)
+
+
+def summarize_prompt(cache: LayerCache, select: TopK | ReadAll, length: int, lengths_B: jax.Array) -> LayerCache:
+    """Return the cache of a layer with the summaries of prompts of ``lengths_B``, at most ``length`` tokens."""
+    if cache.summary is None:
+        return cache
+    scorer = select.scorer
+    made_BPKX = summarize_pages(cache.k[:, :length], lengths_B, page_size=scorer.page_size, kind=scorer.kind)
+    summary_BPKX = jax.lax.dynamic_update_slice(cache.summary, made_BPKX, (0, 0, 0, 0))
+    return dataclasses.replace(cache, summary=summary_BPKX)
+
+
+def summarize_written(
+    cache: LayerCache, select: TopK | ReadAll, positions_BT: jax.Array, written_BT: jax.Array
+) -> LayerCache:
+    """Return the cache of a layer with the summaries of the pages to which a step wrote.
+
+    Args:
+        positions_BT: position of each new token; none that is written comes after one that is not.
+        written_BT: tokens whose keys were written.
+    """
+    if cache.summary is None:
+        return cache
+    size, (slots, pages) = select.scorer.page_size, (cache.k.shape[1], cache.summary.shape[1])
+    rows, length = jnp.arange(len(positions_BT))[:, None], positions_BT.shape[1]
+    newest_B = jnp.max(jnp.where(written_BT, positions_BT, -1), axis=1)
+    page_BT = positions_BT // size
+    slot_BTS = page_BT[:, :, None] * size + jnp.arange(size)[None, None]
+    at_BTS = jnp.clip(slot_BTS, 0, slots - 1)
+    live_BTS = slot_BTS <= newest_B[:, None, None]
+    if cache.valid is not None:
+        live_BTS &= cache.valid[rows[:, :, None], at_BTS]
+    made_BTKX = summarize_page(cache.k[rows[:, :, None], at_BTS], live_BTS, kind=select.scorer.kind)
+    # Tokens of one page make the same summary; a page beyond the last one is dropped.
+    page_BT = jnp.where(written_BT, page_BT, pages + jnp.arange(length)[None])
+    summary_BPKX = cache.summary.at[rows, page_BT].set(made_BTKX, mode="drop", unique_indices=length == 1)
+    return dataclasses.replace(cache, summary=summary_BPKX)
+
+
+def choose_pages(
+    cache: LayerCache, select: TopK | ReadAll, q_BTNH: jax.Array, positions_BT: jax.Array, window: int | None = None
+) -> KVIndex | None:
+    """Return the pages that a step reads in a layer, ``None`` for all.
+
+    Args:
+        q_BTNH: queries of the new token of each sequence, whose key the cache holds.
+        window: of the layer; pages before it are worth nothing.
+
+    Raises:
+        ValueError: for more than one token of a sequence.
+    """
+    if cache.summary is None:
+        return None
+    if q_BTNH.shape[1] != 1:
+        raise ValueError(f"expected one new token of each sequence for a plan that selects, got {q_BTNH.shape[1]}")
+    size = select.scorer.page_size
+    num_pages_B = positions_BT[:, 0] // size + 1
+    scores_BKP = select.scorer.score(q_BTNH, cache.summary, num_pages_B)
+    if window is not None:
+        last_P = jnp.arange(cache.summary.shape[1]) * size + size - 1
+        seen_BP = last_P[None] > positions_BT - window
+        scores_BKP = jnp.where(seen_BP[:, None], scores_BKP, -jnp.inf)
+    return topk_pages(
+        scores_BKP,
+        num_pages_B,
+        k=select.budget // size,
+        page_size=size,
+        sinks=select.sink_pages,
+        recent=select.recent_pages,
+    )
+
+
+def mean_read(select: TopK | ReadAll, sizes: Sequence[tuple[int, int] | None], live_B: jax.Array) -> jax.Array:
+    """Return the entries that a layer reads of ``live_B`` ones if it runs, a mean over the layers ``[B]``, float32.
+
+    The last page is always read, so that the count does not depend on the choice.
+
+    Args:
+        sizes: of the summaries, as :func:`summary_sizes` returns them.
+    """
+    selecting = sum(size is not None for size in sizes)
+    live_B = live_B.astype(jnp.float32)
+    if not selecting:
+        return live_B
+    page_size = select.scorer.page_size
+    left_out_B = jnp.maximum(jnp.ceil(live_B / page_size) * page_size - select.budget, 0)
+    return live_B - left_out_B * (selecting / len(sizes))
