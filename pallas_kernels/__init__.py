@@ -7,6 +7,7 @@ Every operation is a public function with a reference in plain JAX and, where it
 from pallas_kernels.append_tokens import append_tokens as append_tokens
 from pallas_kernels.attention import decode_attention as decode_attention
 from pallas_kernels.attention import prefill_attention as prefill_attention
+from pallas_kernels.compact_cache import compact_cache as compact_cache
 from pallas_kernels.decoder_stack import DecoderWeights as DecoderWeights
 from pallas_kernels.decoder_stack import decode_layers as decode_layers
 from pallas_kernels.index import KVIndex as KVIndex
