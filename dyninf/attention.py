@@ -5,6 +5,7 @@ that the layer is handed. What is written and what may be read is decided here, 
 know nothing of caches.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -15,7 +16,7 @@ from dyninf.kv.base import KeepAll, PromptKV, ReadAll
 from dyninf.kv.pages import choose_pages, summarize_prompt, summarize_written
 from dyninf.kv.top_k import TopK
 from dyninf.model import Attend
-from pallas_kernels import decode_attention, prefill_attention
+from pallas_kernels import append_tokens, decode_attention, prefill_attention
 
 KEEP_ALL, READ_ALL = KeepAll(), ReadAll()
 LayerAttend = Callable[[LayerCache | None, jax.Array], Attend]
@@ -110,8 +111,12 @@ def store(
     """Return the cache with the keys and values of new tokens, where ``written_BT`` says so."""
     if isinstance(evict, TopK):
         return evict.store(cache, k_BTKH, v_BTKH, positions_BT, written_BT)
-    filled = write(cache, k_BTKH, v_BTKH, slots_of(cache, positions_BT, written_BT))
-    return summarize_written(filled, select, positions_BT, written_BT)
+    slots_BT = slots_of(cache, positions_BT, written_BT)
+    if cache.summary is None or cache.valid is not None:
+        return summarize_written(write(cache, k_BTKH, v_BTKH, slots_BT), select, positions_BT, written_BT)
+    about = {"kind": select.scorer.kind, "page_size": select.scorer.page_size}
+    k, v, summary = append_tokens(cache.k, cache.v, cache.summary, k_BTKH, v_BTKH, slots_BT, **about)
+    return dataclasses.replace(cache, k=k, v=v, summary=summary)
 
 
 def _refuse_window(window: int | None) -> None:
