@@ -32,6 +32,9 @@ def load(path_or_name: str | os.PathLike, *, dtype: Any = None) -> Transformer:
         NotImplementedError: if the model cannot be represented; names what stands in the way.
     """
     path = _find(path_or_name)
+    inner = path / "model"  # of a training run
+    if (inner / "config.json").is_file() and not (path / MARKER).is_file() and not (path / "config.json").is_file():
+        raise ValueError(f"expected the folder of a model, got the run directory {path}; its model is {inner}")
     return restore(path, dtype) if (path / MARKER).is_file() else load_hf(path, dtype)
 
 

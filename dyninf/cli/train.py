@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dyninf.cli.plan_options import read_value
 from dyninf.configs.training import PYCODE_13M, PYCODE_13M_RECIPE, RECALL, RECALL_RECIPE, TINY, TINY_RECIPE
-from dyninf.models import ModelConfig
+from dyninf.models import ModelConfig, load
 from dyninf.tasks import TOKEN_TASKS
 from dyninf.training import checkpoints
 from dyninf.training.loop import check_start, prepare, train, train_tasks
@@ -119,15 +119,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Prepare the data, train, and say where the model is."""
     kind = [] if arguments.recipe is None else [f"recipe.kind={arguments.recipe}"]
     config, recipe = configure(arguments.config, [*arguments.changes, *kind])
-    check_start(recipe, arguments.init)
-    if arguments.init is None and recipe.length > config.max_length:
-        raise ValueError(
-            f"expected recipe.length at most model.max_length={config.max_length}, got {recipe.length}; set both"
-        )
-    if arguments.init is None:
-        check_exits(config.num_layers, recipe)
+    check_fit(config, recipe, arguments.init)
     directory, suffixes, init = Path(arguments.directory), tuple(arguments.suffixes or (".py",)), arguments.init
     reporter = Reporter(recipe)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"expected a folder for --run, got the file {str(directory)!r}; name another one")
     if bool(arguments.folders) == (arguments.tasks is not None):
         raise ValueError("expected folders of text or --tasks, one of them; see dyninf train --help")
     if arguments.questions is not None and arguments.tasks is None:
@@ -158,6 +154,22 @@ def run(arguments: argparse.Namespace) -> int:
     command = exits if recipe.kind in HEADS else f"generate --model {folder} --prompt 'import '"
     print(f"the model is in {folder}; try: dyninf {command}")
     return 0
+
+
+def check_fit(config: ModelConfig, recipe: Recipe, init: str | None) -> None:
+    """Refuse, before text is read, a recipe that does not fit the model that it would train.
+
+    Raises:
+        ValueError: if it does not, or the model to go on from cannot be read.
+    """
+    check_start(recipe, init)
+    config = config if init is None else load(init).config
+    if recipe.length > config.max_length:
+        place, remedy = ("model.", "set both") if init is None else (f"{init}'s ", "set it")
+        raise ValueError(
+            f"expected recipe.length at most {place}max_length={config.max_length}, got {recipe.length}; {remedy}"
+        )
+    check_exits(config.num_layers, recipe)
 
 
 def read_tasks(text: str) -> dict[str, float]:

@@ -26,7 +26,7 @@ def test_a_wrong_change_is_refused(change):
         train.configure("tiny", [change])
 
 
-def test_the_command_prepares_trains_and_names_the_model(monkeypatch, tmp_path, capsys):
+def test_the_command_prepares_trains_and_names_the_model(monkeypatch, folder, tmp_path, capsys):
     calls = []
 
     def prepare(folders, run, *, vocab_size, report, suffixes, init):
@@ -43,8 +43,9 @@ def test_the_command_prepares_trains_and_names_the_model(monkeypatch, tmp_path, 
     monkeypatch.setattr(train, "prepare", prepare)
     monkeypatch.setattr(train, "train", loop)
     arguments = ["src", "--run", str(tmp_path), "--set", "recipe.steps=40", "--set", "model.vocab_size=300"]
-    assert main(["train", *arguments, "--from", "trained"]) == 0
-    assert calls == [(["src"], tmp_path, 300, (".py",), "trained"), (300, 40, "trained")]
+    arguments += ["--set", "recipe.length=64"]
+    assert main(["train", *arguments, "--from", folder]) == 0
+    assert calls == [(["src"], tmp_path, 300, (".py",), folder), (300, 40, folder)]
     shown = capsys.readouterr()
     assert f"dyninf generate --model {tmp_path / 'model'}" in shown.out
     assert shown.err.splitlines() == [
@@ -58,11 +59,12 @@ def test_the_command_prepares_trains_and_names_the_model(monkeypatch, tmp_path, 
 @pytest.mark.parametrize(
     ("kind", "command"), [("soft", "generate --model {}/model"), ("jei", "compare --model {0}/model --plans dense,{0}")]
 )
-def test_a_recipe_reaches_the_loop_and_says_what_to_do_next(kind, command, monkeypatch, tmp_path, capsys):
+def test_a_recipe_reaches_the_loop_and_says_what_to_do_next(kind, command, monkeypatch, folder, tmp_path, capsys):
     kinds = []
     monkeypatch.setattr(train, "prepare", lambda *_, **__: None)
     monkeypatch.setattr(train, "train", lambda _, recipe, run, **__: kinds.append(recipe.kind) or run / "model")
-    assert main(["train", "src", "--run", str(tmp_path), "--recipe", kind, "--from", "trained"]) == 0
+    changes = ["--set", "recipe.length=64", "--set", "recipe.exit_period=2"]
+    assert main(["train", "src", "--run", str(tmp_path), "--recipe", kind, "--from", folder, *changes]) == 0
     assert kinds == [kind]
     assert f"try: dyninf {command.format(tmp_path)}" in capsys.readouterr().out
 
@@ -78,14 +80,25 @@ def test_a_recipe_reaches_the_loop_and_says_what_to_do_next(kind, command, monke
         (["EMPTY", "--recipe", "frozen"], "expected a trained model to put exits on for the recipe 'frozen', got none"),
         (["EMPTY", "--set", "recipe.steps=9"], "expected warmup to be a whole number below steps=9, got 30"),
         (["EMPTY", "--set", "recipe.length=513"], "expected recipe.length at most model.max_length=512, got 513"),
+        (["EMPTY", "--from", "MODEL", "--set", "recipe.length=97"], "max_length=96, got 97; set it"),
+        (
+            ["EMPTY", "--recipe", "jei", "--from", "MODEL", "--set", "recipe.length=64"],
+            "exit_period below the model's 4 layers, got 4",
+        ),
+        (["EMPTY", "--from", "BEGUN"], "got the run directory"),
+        (["EMPTY", "--run", "FILE"], "expected a folder for --run, got the file"),
         (["EMPTY", "--set", "recipe.exit_curriculum=spiral"], "expected exit_curriculum among rotational, gradual"),
         (["EMPTY", "--set", "recipe.stepz=9"], "expected PATH=VALUE with a path among model.vocab_size"),
     ],
 )
-def test_an_error_is_one_line_and_leaves_no_run(arguments, said, tmp_path, capsys):
+def test_an_error_is_one_line_and_leaves_no_run(arguments, said, folder, tmp_path, capsys):
+    places = {name: str(tmp_path / name.lower()) for name in ("EMPTY", "FILE", "BEGUN")} | {"MODEL": folder}
     (tmp_path / "empty").mkdir()
-    arguments = [str(tmp_path / "empty") if argument == "EMPTY" else argument for argument in arguments]
-    assert main(["train", *arguments, "--run", str(tmp_path / "run")]) == 2
+    (tmp_path / "file").touch()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "model").symlink_to(folder)
+    arguments = [places.get(argument, argument) for argument in arguments]
+    assert main(["train", "--run", str(tmp_path / "run"), *arguments]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("dyninf: error: ") and shown.count("\n") == 1
     assert said in shown
