@@ -160,31 +160,42 @@ STUDIES = {"decode": decode_programs, "topk": topk_programs, "step": step_progra
 DEFAULT_CASES = {"decode": "1x4096", "topk": "8x512x16", "step": "1x4096"}
 
 
+class Repeated:
+    """A jitted program with its arguments, of which a donated first one becomes what the program returned for it.
+
+    It has the methods of a jitted function: JAX's profiler would trace anything else, with all arrays as constants.
+    """
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...], donated: Any):
+        self._jitted = jax.jit(function, donate_argnums=() if donated is None else 0)
+        self._arguments, self._donated = arguments, donated
+        self.trace, self.lower = self._jitted.trace, self._jitted.lower
+
+    def __call__(self) -> Any:
+        if self._donated is None:
+            return self._jitted(*self._arguments)
+        self._donated, out = self._jitted(self._donated, *self._arguments)
+        return out
+
+
 def time_jax(function: Callable[..., Any], *arguments: Any, parts: int, donated: Any = None) -> dict[str, Any]:
     """Return microseconds of one of ``parts`` equal parts of a program, the kernels' alone and by the wall clock.
 
     Args:
         donated: first argument of the function, which then returns its next value and something else.
     """
-    state = [donated]
-    compiled = jax.jit(function, donate_argnums=() if donated is None else 0)
-
-    def once():
-        if donated is None:
-            return compiled(*arguments)
-        state[0], out = compiled(state[0], *arguments)
-        return out
-
-    wall = measure(lambda: [once() for _ in range(REPEATS)], warmup=2, repeats=REPEATS).per(REPEATS * parts)
+    program = Repeated(function, arguments, donated)
+    wall = measure(lambda: [program() for _ in range(REPEATS)], warmup=2, repeats=REPEATS).per(REPEATS * parts)
     row = {"wall_us": round(wall.median * 1e6, 2), "p10_us": round(wall.p10 * 1e6, 2)}
     row |= {"p90_us": round(wall.p90 * 1e6, 2), "kernels_us": None, "kernels": None}
     if jax.default_backend() == "gpu":
         from jax.experimental.mosaic.gpu import profiler
 
-        _, runs = profiler.measure(once, aggregate=False, iterations=REPEATS)()
+        _, runs = profiler.measure(program, aggregate=False, iterations=REPEATS)()
         sums = sorted(sum(time for _, time in run) for run in runs)
         row["kernels_us"] = round(sums[len(sums) // 2] * 1e3 / parts, 2)
         row["kernels"] = round(len(runs[0]) / parts, 2)
+        sys.stderr.write(f"{[(name[:40], round(time * 1e3, 1)) for name, time in runs[0]][:16]}\n")
     return row
 
 
