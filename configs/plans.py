@@ -19,7 +19,20 @@ from dyninf.depth import (
     every,
     first_of,
 )
-from dyninf.kv import H2O, TOVA, KeyNorm, PageMean, Quest, Recency, SnapKV, TokenSelect, TopK
+from dyninf.kv import (
+    H2O,
+    TOVA,
+    ExpectedAttention,
+    HashEvict,
+    KeyNorm,
+    PageMean,
+    Quest,
+    Recency,
+    SnapKV,
+    TokenSelect,
+    TopK,
+    pyramid_budgets,
+)
 from dyninf.plan import Plan
 
 
@@ -95,11 +108,21 @@ def plans(num_layers: int) -> dict[str, Plan]:
         "evict_key_norm": Plan(evict=TopK(scorer=KeyNorm(), budget=512)),
         # The window and the kernel of the paper's code, which forces no sinks.
         "evict_snap_kv": Plan(evict=TopK(scorer=SnapKV(), budget=512, sinks=0, recent=32)),
+        # The same scores and as many tokens on average; the top layer chooses a twentieth, as in the paper's code.
+        "evict_pyramid_kv": Plan(
+            evict=TopK(scorer=SnapKV(), budget=pyramid_budgets(512, num_layers, recent=32), sinks=0, recent=32)
+        ),
+        # kvpress's 512 positions ahead; the shipped model's rotation has the base 10000.
+        "evict_expected": Plan(evict=TopK(scorer=ExpectedAttention(), budget=512)),
+        # The bits, sinks and recent tokens of the paper's code.
+        "evict_hash": Plan(evict=TopK(scorer=HashEvict(), budget=512, recent=10)),
         "evict_tova": Plan(evict=TopK(scorer=TOVA(), budget=512, sinks=0)),
         # Half of the budget for the newest tokens, as in the paper.
         "evict_h2o": Plan(evict=TopK(scorer=H2O(), budget=512, sinks=0, recent=256)),
         # Selecting plans keep everything and read 512 tokens a step. Quest: pages of 16, the first two layers whole.
         "select_quest": Plan(select=TopK(scorer=Quest(), budget=512, sinks=0, dense_layers=2)),
+        # For a hundred thousand tokens: a step reads all summaries, so that pages are large.
+        "select_long": Plan(select=TopK(scorer=Quest(page_size=64), budget=2048, sinks=64, recent=64)),
         # TriForce's chunks of 8, the first of which is always read.
         "select_page_mean": Plan(select=TopK(scorer=PageMean(), budget=512, sinks=1)),
         # The paper's shares of sinks and recent tokens, 1/20 and 1/5; pages of 8, the smallest that kernels read.

@@ -66,9 +66,16 @@ class KVCache:
         return isinstance(self.layers, LayerCache)
 
     @property
+    def slots(self) -> tuple[int, ...]:
+        """Slots per sequence of each layer."""
+        if self.stacked:
+            return (self.layers.k.shape[2],) * self.layers.k.shape[0]
+        return tuple(cache.k.shape[1] for cache in self.layers)
+
+    @property
     def capacity(self) -> int:
-        """Slots per sequence."""
-        return self.layers.k.shape[2] if self.stacked else self.layers[0].k.shape[1]
+        """Slots per sequence of the largest layer."""
+        return max(self.slots)
 
     @property
     def tracks_valid(self) -> bool:
@@ -94,8 +101,10 @@ class KVCache:
 
     @property
     def live(self) -> jax.Array:
-        """Filled slots of each sequence ``[B]``."""
-        return jnp.minimum(self.length, self.capacity) if self.evicts else self.length
+        """Filled slots of each sequence in a layer ``[B]``, float32; a mean where layers differ in size."""
+        slots_L = jnp.array(self.slots)
+        live_LB = jnp.minimum(self.length[None], slots_L[:, None]) if self.evicts else self.length[None]
+        return jnp.mean(live_LB.astype(jnp.float32), axis=0)
 
     @property
     def full(self) -> jax.Array:
@@ -114,6 +123,7 @@ def init_cache(
     *,
     track_valid: bool = False,
     evicts: bool = False,
+    slots: Sequence[int] | None = None,
     summaries: Sequence[tuple[int, int] | None] | None = None,
 ) -> KVCache:
     """Return an empty cache for ``batch`` sequences.
@@ -121,13 +131,14 @@ def init_cache(
     Args:
         track_valid: keep per-layer validity, needed when layers that do not run leave their slots empty.
         evicts: keep the position and the score of every slot.
+        slots: slots of each layer; ``None`` for the capacity everywhere.
         summaries: pages and numbers ``(P, X)`` of the summary of each layer, ``None`` for layers that have none.
     """
     entry = kv_shape(model)
-    shape = (batch, spec.capacity, *entry.shape[2:])
     dtype = entry.dtype if spec.dtype is None else spec.dtype
 
-    def layer(summary: tuple[int, int] | None) -> LayerCache:
+    def layer(slots: int, summary: tuple[int, int] | None) -> LayerCache:
+        shape = (batch, slots, *entry.shape[2:])
         return LayerCache(
             k=jnp.zeros(shape, dtype),
             v=jnp.zeros(shape, dtype),
@@ -137,8 +148,9 @@ def init_cache(
             summary=None if summary is None else jnp.zeros((batch, summary[0], shape[2], summary[1]), dtype),
         )
 
+    slots = (spec.capacity,) * len(model.layers) if slots is None else slots
     summaries = (None,) * len(model.layers) if summaries is None else summaries
-    return KVCache(layers=tuple(layer(summary) for summary in summaries), length=jnp.zeros(batch, jnp.int32))
+    return KVCache(layers=tuple(map(layer, slots, summaries)), length=jnp.zeros(batch, jnp.int32))
 
 
 def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array) -> LayerCache:

@@ -7,7 +7,7 @@ import jax
 from dyninf.cache import KVCache
 from dyninf.catch_up import Pending
 from dyninf.kv.pages import summary_sizes
-from dyninf.kv.top_k import TopK, slots_for
+from dyninf.kv.top_k import TopK, layer_slots
 from dyninf.plan import Plan, catches_up, leaves_gaps
 from dyninf.pytree import pytree
 from dyninf.stats import StepStats
@@ -65,7 +65,8 @@ def check_state(state: DecodeState, plan: Plan, num_layers: int) -> None:
     same_depth = jax.tree.structure(made) == jax.tree.structure(state.depth)
     same_cache = leaves_gaps(plan) == state.cache.tracks_valid
     same_cache &= state.cache.evicts == isinstance(plan.evict, TopK)
-    same_cache &= state.cache.capacity <= slots_for(plan.evict, state.cache.capacity)
+    slots = layer_slots(plan.evict, num_layers, state.cache.capacity)
+    same_cache &= all(held <= budget for held, budget in zip(state.cache.slots, slots, strict=True))
     sizes = summary_sizes(plan.select, num_layers, state.cache.capacity, state.cache.head_dim)
     same_cache &= state.cache.summary_sizes == sizes
     window = None if state.pending is None else state.pending.layer_BW.shape[1]

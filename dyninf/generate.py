@@ -22,7 +22,7 @@ from dyninf.depth_loop import Driver, check_driver, default_driver, run_layers, 
 from dyninf.indexed import is_indexed
 from dyninf.kv.base import KeepAll, ReadAll
 from dyninf.kv.pages import mean_read, summary_sizes
-from dyninf.kv.top_k import TopK, slots_for
+from dyninf.kv.top_k import TopK, layer_slots
 from dyninf.layer_run import LayerRun
 from dyninf.model import CausalLM, kv_shape, readout_of
 from dyninf.plan import Plan, catches_up, check, leaves_gaps, propagates
@@ -58,13 +58,13 @@ def prefill(
     batch, length = tokens.shape
     if spec.capacity < length:
         raise ValueError(f"expected a cache of at least {length} slots for this prompt, got {spec.capacity}")
-    spec = dataclasses.replace(spec, capacity=slots_for(plan.evict, spec.capacity))
     positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
     live_BT = positions_BT < lengths[:, None]
-    evicts = isinstance(plan.evict, TopK)
     num_layers = len(model.layers)
-    summaries = summary_sizes(plan.select, num_layers, spec.capacity, kv_shape(model).shape[-1])
-    cache = init_cache(model, batch, spec, track_valid=leaves_gaps(plan), evicts=evicts, summaries=summaries)
+    layout = {"track_valid": leaves_gaps(plan), "evicts": isinstance(plan.evict, TopK)}
+    layout["slots"] = layer_slots(plan.evict, num_layers, spec.capacity)
+    layout["summaries"] = summary_sizes(plan.select, num_layers, spec.capacity, kv_shape(model).shape[-1])
+    cache = init_cache(model, batch, spec, **layout)
     run = LayerRun(
         positions_BT=positions_BT,
         step_BT=jnp.zeros((batch, length), jnp.int32),

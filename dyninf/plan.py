@@ -89,7 +89,6 @@ def check(plan: Plan, model: CausalLM) -> None:
             )
     if not isinstance(plan.depth, DepthPolicy):
         raise ValueError(f"expected depth to be a DepthPolicy, got {plan.depth!r}")
-    _check_cache(plan)
     if not isinstance(plan.sampler, Sampler):
         raise ValueError(f"expected sampler to be a Sampler, got {plan.sampler!r}")
     for name in ("depth", "sampler"):
@@ -108,15 +107,16 @@ def check(plan: Plan, model: CausalLM) -> None:
         raise ValueError(
             f"expected model.layers to be a sequence, got {type(model.layers).__name__}; unstack the layers"
         )
+    _check_cache(plan, len(model.layers))
     plan.depth.validate(len(model.layers))
     plan.sampler.validate()
 
 
-def _check_cache(plan: Plan) -> None:
+def _check_cache(plan: Plan, num_layers: int) -> None:
     """Raise if eviction or selection is out of range, or cannot be had together with the rest of the plan."""
     filled = plan.fill == "propagate" or plan.depth.nested
     if isinstance(plan.evict, TopK):
-        plan.evict.validate()
+        plan.evict.validate(num_layers)
         if not filled:
             raise NotImplementedError(
                 f"expected fill='propagate' for a plan that evicts, got {plan.fill!r}, under which layers lack keys of "

@@ -18,7 +18,7 @@ class StepStats:
         active: sequences that still generated, bool ``[B]``.
         needed: layers each sequence needed ``[B]``; 0 where not active.
         run: layers the hardware ran, a scalar.
-        kv_live: cache entries of each sequence in a layer ``[B]``.
+        kv_live: cache entries of each sequence in a layer ``[B]``, a mean over all layers.
         kv_read: cache entries that a layer reads for each sequence where it runs ``[B]``, a mean over all layers.
             Windows of layers are not counted.
     """

@@ -159,14 +159,14 @@ class Roll:
 
     def empty(self, state):
         """Mark the slots of every layer that hold nothing yet ``[L, B, S]``."""
-        unused = np.arange(state.cache.capacity)[None] >= np.asarray(state.cache.live)[:, None]
-        return np.repeat(unused[None], len(state.cache.layers), axis=0)
+        used = np.minimum(np.asarray(state.cache.length)[None], np.array(state.cache.slots)[:, None])
+        return np.arange(state.cache.capacity)[None, None] >= used[:, :, None]
 
     def poison(self, state, entries_LBS):
         """Put NaN into the keys and values of the marked entries."""
         layers = []
         for cache, entries_BS in zip(state.cache.layers, entries_LBS, strict=True):
-            bad = jnp.asarray(entries_BS)[:, :, None, None]
+            bad = jnp.asarray(entries_BS)[:, : cache.k.shape[1], None, None]
             k, v = jnp.where(bad, jnp.nan, cache.k), jnp.where(bad, jnp.nan, cache.v)
             layers.append(dataclasses.replace(cache, k=k, v=v))
         return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=tuple(layers)))

@@ -76,7 +76,8 @@ def scarce(policy):
     scorer, selects = policy.scorer, isinstance(policy.scorer, PageScorer)
     scorer = SnapKV(window=2, kernel=3) if isinstance(scorer, SnapKV) else scorer
     scorer = dataclasses.replace(scorer, page_size=2) if selects else scorer
-    sizes = {"budget": 8 if selects else 6, "sinks": min(policy.sinks, 1), "recent": min(policy.recent, 2)}
+    budget = tuple(range(3 + L, 3, -1)) if isinstance(policy.budget, tuple) else 8 if selects else 6
+    sizes = {"budget": budget, "sinks": min(policy.sinks, 1), "recent": min(policy.recent, 2)}
     return dataclasses.replace(policy, scorer=scorer, **sizes)
 
 
@@ -89,8 +90,8 @@ def drivers(name):
     """The drivers that can run a plan; the one that compiles longest for some plans only."""
     if PLANS[name].fill == "catch_up":
         return ("segments",)
-    alike = not getattr(PLANS[name].select, "dense_layers", 0)  # the caches of all layers, which scan needs
-    ran = DRIVERS if alike else DRIVERS[:2]
+    selected, kept = getattr(PLANS[name].select, "dense_layers", 0), getattr(PLANS[name].evict, "budget", 0)
+    ran = DRIVERS[:2] if selected or isinstance(kept, tuple) else DRIVERS  # scan needs one kind of cache
     return (*ran, *(["unrolled"] if name in STATIC else []), *([Compact(capacity=2)] if name in COMPACT else []))
 
 

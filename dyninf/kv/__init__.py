@@ -6,9 +6,12 @@ from dyninf.kv.base import PageScorer as PageScorer
 from dyninf.kv.base import PromptKV as PromptKV
 from dyninf.kv.base import ReadAll as ReadAll
 from dyninf.kv.base import StepKV as StepKV
+from dyninf.kv.expected_attention import ExpectedAttention as ExpectedAttention
 from dyninf.kv.h2o import H2O as H2O
+from dyninf.kv.hash_evict import HashEvict as HashEvict
 from dyninf.kv.key_norm import KeyNorm as KeyNorm
 from dyninf.kv.page_mean import PageMean as PageMean
+from dyninf.kv.pyramid_kv import pyramid_budgets as pyramid_budgets
 from dyninf.kv.quest import Quest as Quest
 from dyninf.kv.recency import Recency as Recency
 from dyninf.kv.snap_kv import SnapKV as SnapKV

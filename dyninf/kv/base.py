@@ -62,7 +62,10 @@ class StepKV:
 
 
 class KVScorer:
-    """Base of scorers: higher scores are kept longer. Scores are float32; NaN counts as the lowest."""
+    """Base of scorers: higher scores are kept longer. Scores are float32; NaN counts as the lowest.
+
+    A score is what the cache holds for a slot, whatever :meth:`rank` makes of it.
+    """
 
     def prompt(self, obs: PromptKV) -> jax.Array:
         """Return the score of every token of the prompts ``[B, T, K]``; those of padding are ignored."""
@@ -71,6 +74,10 @@ class KVScorer:
     def arrive(self, k_BKH: jax.Array, position_B: jax.Array) -> jax.Array:
         """Return the score ``[B, K]`` with which a new token enters the cache."""
         raise NotImplementedError(f"expected {type(self).__name__} to define arrive")
+
+    def rank(self, scores_BSK: jax.Array, k_BKH: jax.Array) -> jax.Array:
+        """Return what decides between slots when a key comes; their scores unless the scorer says otherwise."""
+        return scores_BSK
 
     def update(self, scores_BSK: jax.Array, obs: StepKV) -> jax.Array:
         """Return the scores of all slots after a decode step; unchanged unless the scorer says otherwise."""

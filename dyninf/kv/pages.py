@@ -113,7 +113,6 @@ def mean_read(select: TopK | ReadAll, sizes: Sequence[tuple[int, int] | None], l
         sizes: of the summaries, as :func:`summary_sizes` returns them.
     """
     selecting = sum(size is not None for size in sizes)
-    live_B = live_B.astype(jnp.float32)
     if not selecting:
         return live_B
     page_size = select.scorer.page_size

@@ -32,8 +32,8 @@ class TopK:
 
     Args:
         scorer: the method; a :class:`KVScorer` evicts, a :class:`PageScorer` selects.
-        budget: tokens of a layer that are kept or read at most, the current one included. For selection a multiple of
-            the page size.
+        budget: tokens of a layer that are kept or read at most, the current one included; for eviction also one number
+            for each layer. For selection a multiple of the page size.
         sinks: first tokens of a sequence that are always kept or read.
         recent: newest tokens that are always kept or read, the current one included (at least 1).
         dense_layers: first layers that read everything; for selection only.
@@ -43,19 +43,22 @@ class TopK:
     """
 
     scorer: KVScorer | PageScorer
-    budget: int
+    budget: int | tuple[int, ...]
     sinks: int = 4
     recent: int = 1
     dense_layers: int = 0
 
-    def validate(self) -> None:
-        """Raise ValueError if a parameter is out of its range for eviction."""
+    def validate(self, num_layers: int | None = None) -> None:
+        """Raise ValueError if a parameter is out of its range for eviction, from a model of so many layers."""
         if not isinstance(self.scorer, KVScorer):
             raise ValueError(f"expected a KVScorer for TopK that evicts, got {self.scorer!r}")
-        self._validate_sizes()
+        budgets = self.budget if isinstance(self.budget, tuple) else (self.budget,)
+        self._validate_sizes(*budgets)
+        if isinstance(self.budget, tuple) and num_layers not in (None, len(budgets)):
+            raise ValueError(f"expected one budget for each of {num_layers} layers, got {len(budgets)}: {budgets}")
         if self.dense_layers:
             raise ValueError(f"expected dense_layers=0 for TopK that evicts, got {self.dense_layers}")
-        if self.budget < self.sinks + self.recent:
+        if min(budgets) < self.sinks + self.recent:
             raise ValueError(
                 f"expected a budget of at least sinks + recent = {self.sinks + self.recent} tokens, got {self.budget}; "
                 "raise it, or keep fewer of these"
@@ -66,7 +69,7 @@ class TopK:
         """Raise ValueError if a parameter is out of its range for selection."""
         if not isinstance(self.scorer, PageScorer):
             raise ValueError(f"expected a PageScorer for TopK that selects, got {self.scorer!r}")
-        self._validate_sizes()
+        self._validate_sizes(self.budget)
         _require_whole("page_size", self.scorer.page_size, 1)
         size = self.scorer.page_size
         least = size * (self.sink_pages + self.recent_pages)
@@ -103,7 +106,10 @@ class TopK:
                 filled, positions=put(cache.positions, positions_BTK), scores=put(cache.scores, scores_BTK)
             )
         forced_BT = self._forced(position_T[None], obs.lengths_B[:, None]) & active_BT
-        ranks_BTK = jnp.where(forced_BT[:, :, None], jnp.inf, scores_BTK)
+        last_B11 = (obs.lengths_B - 1)[:, None, None, None]
+        last_BKH = jnp.take_along_axis(obs.k_BTKH, last_B11, axis=1)[:, 0]
+        ranks_BTK = jnp.where(active_BT[:, :, None], _sound(self.scorer.rank(scores_BTK, last_BKH)), -jnp.inf)
+        ranks_BTK = jnp.where(forced_BT[:, :, None], jnp.inf, ranks_BTK)
         _, chosen_BKS = jax.lax.top_k(jnp.moveaxis(ranks_BTK, 1, 2), slots)
         active_BKT = jnp.broadcast_to(active_BT[:, None], (active_BT.shape[0], num_heads, length))
         exists_BKS = jnp.take_along_axis(active_BKT, chosen_BKS, axis=2)
@@ -137,7 +143,8 @@ class TopK:
         k_BKH, v_BKH, position_B = k_BTKH[:, 0], v_BTKH[:, 0], positions_BT[:, 0]
         slots, rows = cache.k.shape[1], jnp.arange(k_BKH.shape[0])[:, None]
         forced_BSK = self._forced(cache.positions, position_B[:, None, None] + 1)
-        victim_BK = jnp.argmin(jnp.where(forced_BSK, jnp.inf, cache.scores), axis=1)
+        ranks_BSK = _sound(self.scorer.rank(cache.scores, k_BKH))
+        victim_BK = jnp.argmin(jnp.where(forced_BSK, jnp.inf, ranks_BSK), axis=1)
         slot_BK = jnp.where((position_B < slots)[:, None], position_B[:, None], victim_BK)
         slot_BK = jnp.where(written_BT, slot_BK, slots)
         heads = jnp.arange(k_BKH.shape[1])[None]
@@ -170,8 +177,10 @@ class TopK:
         changed_BSK = held_BSK & active_BT[:, :, None]
         return dataclasses.replace(cache, scores=jnp.where(changed_BSK, scores_BSK, cache.scores))
 
-    def _validate_sizes(self) -> None:
-        for name, least in (("budget", 1), ("sinks", 0), ("recent", 1), ("dense_layers", 0)):
+    def _validate_sizes(self, *budgets: int) -> None:
+        for budget in budgets:
+            _require_whole("budget", budget, 1)
+        for name, least in (("sinks", 0), ("recent", 1), ("dense_layers", 0)):
             _require_whole(name, getattr(self, name), least)
 
     def _forced(self, positions: jax.Array, length: jax.Array) -> jax.Array:
@@ -179,9 +188,11 @@ class TopK:
         return (positions >= 0) & ((positions < self.sinks) | (positions >= length - self.recent))
 
 
-def slots_for(evict: object, capacity: int) -> int:
-    """Return the slots of a layer for sequences of ``capacity`` tokens."""
-    return min(capacity, evict.budget) if isinstance(evict, TopK) else capacity
+def layer_slots(evict: object, num_layers: int, capacity: int) -> tuple[int, ...]:
+    """Return the slots of each layer for sequences of ``capacity`` tokens."""
+    budget = evict.budget if isinstance(evict, TopK) else capacity
+    budgets = budget if isinstance(budget, tuple) else (budget,) * num_layers
+    return tuple(min(capacity, one) for one in budgets)
 
 
 def _require_whole(name: str, value: object, least: int) -> None:

@@ -1,7 +1,8 @@
 """Scores against NumPy loops, and the choices of the papers' own code on the same numbers.
 
-The positions below were printed by FMInference/H2O's ``H2OKVCache_LayerWise`` (0ee6a85) and KVCache-Factory's
-``SnapKVCluster`` (5fb995d), run with torch on ``draw`` of the same seeds.
+The numbers below were printed by FMInference/H2O's ``H2OKVCache_LayerWise`` (0ee6a85), KVCache-Factory's
+``SnapKVCluster`` (5fb995d) and ``PyramidKVCluster`` (c97f9d7), kvpress's ``ExpectedAttentionPress`` (8bb29b9) and
+cold-compress's ``KVCacheLSH`` (minghui-liu/cold-compress, b2ae9f0), run with torch on ``draw`` of the same seeds.
 """
 
 import dataclasses
@@ -13,8 +14,28 @@ import pytest
 
 from dyninf import Plan
 from dyninf.cache import LayerCache
-from dyninf.kv import H2O, TOVA, KeyNorm, PromptKV, Recency, SnapKV, TopK
+from dyninf.kv import (
+    H2O,
+    TOVA,
+    ExpectedAttention,
+    HashEvict,
+    KeyNorm,
+    PromptKV,
+    Recency,
+    SnapKV,
+    TopK,
+    pyramid_budgets,
+)
 from dyninf.plan import check
+from dyninf.pytree import pytree
+
+
+@pytree(static=("bits", "seed"))
+class Signs(HashEvict):
+    """Hashes of the signs of the features themselves."""
+
+    def directions(self, head_dim):
+        return jnp.eye(head_dim)
 
 
 def draw(seed, *shape):
@@ -142,12 +163,88 @@ def test_key_norm_and_recency_score_without_queries(rng):
     np.testing.assert_array_equal(Recency().arrive(jnp.asarray(k[:, 3]), jnp.array([5, 7])), [[5, 5], [7, 7]])
 
 
+def test_pyramid_kv_has_the_budgets_and_the_choices_of_the_papers_code():
+    """Layers of 60 tokens; the last window is 6, the mean budget 20, and the top layer chooses a quarter of 14."""
+    assert pyramid_budgets(128, 8, recent=8) == (242, 210, 178, 146, 114, 82, 50, 18)
+    budgets = pyramid_budgets(20, 6, recent=6, beta=4)
+    official = {
+        3: [[1, 3, 4, 5, 14, 22, 23, 24, 25, 26, 34, 35, 36], [4, 5, 6, 11, 12, 13, 15, 42, 43, 44, 51, 52, 53]],
+        5: [[23, 24, 25, 26, 35], [11, 43, 51, 52, 53]],
+    }
+    q, k = draw(3, 60, 4, 8) * 2, draw(4, 60, 2, 8)
+    for layer, chosen in official.items():
+        evict = TopK(scorer=SnapKV(window=6, kernel=3), budget=budgets[layer], sinks=0, recent=6)
+        cache = evict.compress(empty_cache(budgets[layer], 2, 8), prompt_obs(q, k), jnp.ones((1, 60), bool))
+        assert cache.positions[0].T.tolist() == [[*rest, *range(54, 60)] for rest in chosen]
+
+
+@pytest.mark.parametrize("sizes", [(6, 8, 6, 20), (20, 1, 6, 20), (20, 8, 0, 20), (20, 8, 6, 0)])
+def test_a_pyramid_of_nothing_is_refused(sizes):
+    with pytest.raises(ValueError, match="a mean budget above recent"):
+        pyramid_budgets(*sizes[:2], recent=sizes[2], beta=sizes[3])
+
+
+def test_expected_attention_is_that_of_kvpress():
+    theta, (q, k, v) = 100.0, (draw(23, 20, 4, 8) + draw(26, 1, 4, 8), draw(24, 20, 2, 8) * 2, draw(25, 20, 2, 8))
+    angles = np.arange(20)[:, None, None] / theta ** (np.arange(0, 8, 2) / 8)
+    one, two = np.split(q, 2, axis=-1)
+    cos, sin = np.cos(angles), np.sin(angles)
+    rotated = np.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1).astype(np.float32)
+    # A second prompt with padding, and values of another size: alone, it has the same scores.
+    pad = lambda part: jnp.asarray(np.stack([part, np.concatenate([part[:14], 9 + part[14:]])]))  # noqa: E731
+    obs = PromptKV(q_BTNH=pad(rotated), k_BTKH=pad(k), v_BTKH=pad(v), lengths_B=jnp.array([20, 14]))
+    scorer = ExpectedAttention(theta=theta, future=16)
+    scores = scorer.prompt(obs)
+    first = [0.04749, 0.09529, 0.14984, 0.06753, 0.68492, 0.11553, 0.03427, 0.10179]
+    first += [0.0684, 0.07762, 0.01618, 0.23513, 0.30947, 0.0577, 0.0122, 0.67757]
+    second = [0.68176, 0.09364, 0.00727, 0.01989, 0.35004, 0.07795, 0.03041, 0.00788]
+    second += [0.3997, 0.58204, 0.07085, 0.0569, 0.24692, 0.07025, 0.01226, 0.00848]
+    np.testing.assert_allclose(scores[0, 4:].T, [first, second], atol=2e-5)
+    assert (scores[:, :4] > 1e3).all(), "sinks stay"
+    short = prompt_obs(rotated[:14], k[:14])
+    alone = scorer.prompt(dataclasses.replace(short, v_BTKH=jnp.asarray(v[None, :14])))
+    np.testing.assert_allclose(scores[1, :14], alone[0], rtol=1e-4, atol=1e-6)
+
+
+def test_hashes_evict_as_the_papers_code(monkeypatch):
+    """Its window of 2 leaves out the new token: here 3."""
+    monkeypatch.setattr(HashEvict, "directions", lambda self, head_dim: jnp.asarray(draw(21, 8, 12)))
+    official = {
+        7: ([2, 3, 4, 5], [2, 3, 4, 5]),
+        8: ([2, 4, 5], [2, 4, 5]),
+        12: ([2, 4, 7], [4, 6, 8]),
+        20: ([13, 14, 17], [10, 14, 17]),
+        29: ([17, 22, 26], [21, 25, 26]),
+    }
+    k = draw(22, 30, 2, 8)
+    evict = TopK(scorer=HashEvict(bits=12), budget=8, sinks=2, recent=3)
+    cache = evict.compress(empty_cache(8, 2, 8), prompt_obs(k[:6], k[:6]), jnp.ones((1, 6), bool))
+    for position in range(6, 30):
+        new = jnp.asarray(k[None, None, position])
+        cache = evict.store(cache, new, new, jnp.array([[position]]), jnp.ones((1, 1), bool))
+        if position in official:
+            kept = [{0, 1, *rest, *range(max(position - 2, 6), position + 1)} for rest in official[position]]
+            assert [set(head) for head in cache.positions[0].T.tolist()] == kept
+    np.testing.assert_array_equal(cache.k[0, :, 0], k[np.asarray(cache.positions[0, :, 0]), 0])
+
+
+def test_hashes_keep_what_is_most_like_the_end_of_a_long_prompt():
+    """By hand, with two bits, the signs of both features: they differ from those of the last key, (+, +), in 0 to 2."""
+    signs = np.array([[-1, -1], [1, 1], [1, -1], [-1, 1], [-1, -1], [1, 1]], np.float32)
+    HashEvict(bits=2).validate()
+    evict = TopK(scorer=Signs(bits=2), budget=4, sinks=0)
+    cache = evict.compress(empty_cache(4, 1, 2), prompt_obs(signs[:, None], signs[:, None]), jnp.ones((1, 6), bool))
+    assert cache.positions[0, :, 0].tolist() == [1, 2, 3, 5]
+
+
 @pytest.mark.parametrize(
     ("scorer", "message"),
     [
         (SnapKV(window=0), "a window of at least 1 query"),
         (SnapKV(kernel=4), "an odd kernel"),
         (SnapKV(kernel=0), "an odd kernel"),
+        (ExpectedAttention(future=0), "future of at least 1"),
+        (HashEvict(bits=25), "1 to 24 bits"),
     ],
 )
 def test_parameters_out_of_range_are_refused(tiny_model, scorer, message):

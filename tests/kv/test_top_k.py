@@ -131,6 +131,8 @@ def test_an_exiting_plan_may_evict(tiny_model, rng):
             ValueError,
             "recent to be a whole number of at least 1",
         ),
+        (Plan(evict=TopK(scorer=Recency(), budget=(8,) * 5)), ValueError, "one budget for each of 6 layers, got 5"),
+        (Plan(evict=TopK(scorer=Recency(), budget=(8, 8, 8, 4, 8, 8))), ValueError, "at least sinks . recent = 5"),
         (Plan(evict=TopK(scorer=Recency(), budget=8.0)), ValueError, "budget to be a whole number"),
         (Plan(evict=TopK(scorer=Recency, budget=8)), ValueError, "expected a KVScorer"),
         (Plan(evict=Recency()), ValueError, "expected evict to be TopK"),
@@ -148,8 +150,10 @@ def test_a_plan_that_cannot_be_is_refused(tiny_model, plan, error, message):
 
 def test_a_state_of_another_budget_is_refused(roll, rng):
     prompts = rng.integers(0, 61, (1, 9))
-    small, large = (Plan(evict=TopK(scorer=Recency(), budget=budget)) for budget in (7, 12))
+    small, large, uneven = (
+        Plan(evict=TopK(scorer=Recency(), budget=budget)) for budget in (7, 12, (12, 12, 12, 11, 12, 12))
+    )
     state = roll(large, prompts, np.array([9])).state
-    for plan in (small, Plan()):
+    for plan in (small, uneven, Plan()):
         with pytest.raises(ValueError, match="a state that was made for this plan"):
             roll.step(roll.model, state, plan, "unrolled")
