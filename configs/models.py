@@ -48,6 +48,19 @@ def shapes() -> dict[str, ModelConfig]:
             max_length=8192,
             rope_theta=500000.0,
         ),
+        # The same weights' shapes for long contexts: at 128K the cache of a sequence takes 17 GB.
+        "llama3.1-8b": ModelConfig(
+            vocab_size=128256,
+            num_layers=32,
+            d_model=4096,
+            d_ff=14336,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            max_length=131072,
+            rope_theta=500000.0,
+            rope_scaling=RopeScaling(kind="llama3", factor=8.0),
+        ),
         # As large as the above, with more and narrower layers and norms on queries and keys.
         "qwen3-8b": ModelConfig(
             vocab_size=151936,
