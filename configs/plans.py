@@ -20,8 +20,10 @@ from dyninf.depth import (
     first_of,
 )
 from dyninf.kv import (
+    D2O,
     H2O,
     TOVA,
+    Critic,
     ExpectedAttention,
     HashEvict,
     KeyNorm,
@@ -114,11 +116,15 @@ def plans(num_layers: int) -> dict[str, Plan]:
         ),
         # kvpress's 512 positions ahead; the shipped model's rotation has the base 10000.
         "evict_expected": Plan(evict=TopK(scorer=ExpectedAttention(), budget=512)),
+        # The paper gives no weights: as much of the one as of the other.
+        "evict_critic": Plan(evict=TopK(scorer=Critic(), budget=512)),
         # The bits, sinks and recent tokens of the paper's code.
         "evict_hash": Plan(evict=TopK(scorer=HashEvict(), budget=512, recent=10)),
         "evict_tova": Plan(evict=TopK(scorer=TOVA(), budget=512, sinks=0)),
         # Half of the budget for the newest tokens, as in the paper.
         "evict_h2o": Plan(evict=TopK(scorer=H2O(), budget=512, sinks=0, recent=256)),
+        # The same with four sinks, and merging; all layers alike, where nothing was measured.
+        "evict_d2o": Plan(evict=TopK(scorer=D2O(), budget=512, recent=256)),
         # Selecting plans keep everything and read 512 tokens a step. Quest: pages of 16, the first two layers whole.
         "select_quest": Plan(select=TopK(scorer=Quest(), budget=512, sinks=0, dense_layers=2)),
         # For a hundred thousand tokens: a step reads all summaries, so that pages are large.

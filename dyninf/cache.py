@@ -38,6 +38,7 @@ class LayerCache:
         valid: ``[B, S]``, which slots hold a key, or ``None`` when every slot below the length does.
         positions: of a cache that evicts, the position of the token in each slot ``[B, S, K]``, -1 where there is none.
         scores: of a cache that evicts, what the slots are worth ``[B, S, K]``.
+        threshold: of a cache that merges what it evicts, how similar it must be to what is kept ``[B]``.
         summary: of a layer that selects, what is known of the keys of each page ``[B, P, K, X]``.
     """
 
@@ -46,6 +47,7 @@ class LayerCache:
     valid: jax.Array | None = None
     positions: jax.Array | None = None
     scores: jax.Array | None = None
+    threshold: jax.Array | None = None
     summary: jax.Array | None = None
 
 
@@ -100,6 +102,11 @@ class KVCache:
         return tuple(None if cache.summary is None else cache.summary.shape[1::2] for cache in self.layers)
 
     @property
+    def merges(self) -> bool:
+        """Whether the cache merges what it evicts into what it keeps."""
+        return self._first.threshold is not None
+
+    @property
     def live(self) -> jax.Array:
         """Filled slots of each sequence in a layer ``[B]``, float32; a mean where layers differ in size."""
         slots_L = jnp.array(self.slots)
@@ -123,6 +130,7 @@ def init_cache(
     *,
     track_valid: bool = False,
     evicts: bool = False,
+    merges: bool = False,
     slots: Sequence[int] | None = None,
     summaries: Sequence[tuple[int, int] | None] | None = None,
 ) -> KVCache:
@@ -131,6 +139,7 @@ def init_cache(
     Args:
         track_valid: keep per-layer validity, needed when layers that do not run leave their slots empty.
         evicts: keep the position and the score of every slot.
+        merges: keep a threshold of similarity.
         slots: slots of each layer; ``None`` for the capacity everywhere.
         summaries: pages and numbers ``(P, X)`` of the summary of each layer, ``None`` for layers that have none.
     """
@@ -145,6 +154,7 @@ def init_cache(
             valid=jnp.zeros(shape[:2], bool) if track_valid else None,
             positions=jnp.full(shape[:3], -1, jnp.int32) if evicts else None,
             scores=jnp.full(shape[:3], -jnp.inf, jnp.float32) if evicts else None,
+            threshold=jnp.full(batch, -jnp.inf) if merges else None,
             summary=None if summary is None else jnp.zeros((batch, summary[0], shape[2], summary[1]), dtype),
         )
 

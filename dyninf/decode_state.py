@@ -7,7 +7,7 @@ import jax
 from dyninf.cache import KVCache
 from dyninf.catch_up import Pending
 from dyninf.kv.pages import summary_sizes
-from dyninf.kv.top_k import TopK, layer_slots
+from dyninf.kv.top_k import TopK, layer_slots, merges
 from dyninf.plan import Plan, catches_up, leaves_gaps
 from dyninf.pytree import pytree
 from dyninf.stats import StepStats
@@ -64,7 +64,7 @@ def check_state(state: DecodeState, plan: Plan, num_layers: int) -> None:
     made = jax.eval_shape(lambda: plan.depth.init((state.token.shape[0], 1)))
     same_depth = jax.tree.structure(made) == jax.tree.structure(state.depth)
     same_cache = leaves_gaps(plan) == state.cache.tracks_valid
-    same_cache &= state.cache.evicts == isinstance(plan.evict, TopK)
+    same_cache &= state.cache.evicts == isinstance(plan.evict, TopK) and state.cache.merges == merges(plan.evict)
     slots = layer_slots(plan.evict, num_layers, state.cache.capacity)
     same_cache &= all(held <= budget for held, budget in zip(state.cache.slots, slots, strict=True))
     sizes = summary_sizes(plan.select, num_layers, state.cache.capacity, state.cache.head_dim)

@@ -22,7 +22,7 @@ from dyninf.depth_loop import Driver, check_driver, default_driver, run_layers, 
 from dyninf.indexed import is_indexed
 from dyninf.kv.base import KeepAll, ReadAll
 from dyninf.kv.pages import mean_read, summary_sizes
-from dyninf.kv.top_k import TopK, layer_slots
+from dyninf.kv.top_k import TopK, layer_slots, merges
 from dyninf.layer_run import LayerRun
 from dyninf.model import CausalLM, kv_shape, readout_of
 from dyninf.plan import Plan, catches_up, check, leaves_gaps, propagates
@@ -61,7 +61,7 @@ def prefill(
     positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
     live_BT = positions_BT < lengths[:, None]
     num_layers = len(model.layers)
-    layout = {"track_valid": leaves_gaps(plan), "evicts": isinstance(plan.evict, TopK)}
+    layout = {"track_valid": leaves_gaps(plan), "evicts": isinstance(plan.evict, TopK), "merges": merges(plan.evict)}
     layout["slots"] = layer_slots(plan.evict, num_layers, spec.capacity)
     layout["summaries"] = summary_sizes(plan.select, num_layers, spec.capacity, kv_shape(model).shape[-1])
     cache = init_cache(model, batch, spec, **layout)

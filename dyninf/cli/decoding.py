@@ -80,10 +80,11 @@ def random_state(
     leaves, structure = jax.tree.flatten(like.cache.layers)
     filled = []
     for leaf, leaf_key in zip(leaves, jax.random.split(key, len(leaves)), strict=True):
-        slots = jnp.arange(leaf.shape[1])
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             filled.append(jax.random.normal(leaf_key, leaf.shape, leaf.dtype))
-        elif leaf.dtype == bool:  # which slots hold a key [B, S]
+            continue
+        slots = jnp.arange(leaf.shape[1])
+        if leaf.dtype == bool:  # which slots hold a key [B, S]
             filled.append(jnp.broadcast_to(slots < length, leaf.shape))
         else:  # positions of the tokens in the slots [B, S, K]
             positions = jnp.where(slots < length, slots + max(0, length - len(slots)), -1)

@@ -6,6 +6,9 @@ from dyninf.kv.base import PageScorer as PageScorer
 from dyninf.kv.base import PromptKV as PromptKV
 from dyninf.kv.base import ReadAll as ReadAll
 from dyninf.kv.base import StepKV as StepKV
+from dyninf.kv.critic import Critic as Critic
+from dyninf.kv.d2o import D2O as D2O
+from dyninf.kv.d2o import variance_budgets as variance_budgets
 from dyninf.kv.expected_attention import ExpectedAttention as ExpectedAttention
 from dyninf.kv.h2o import H2O as H2O
 from dyninf.kv.hash_evict import HashEvict as HashEvict

@@ -64,8 +64,11 @@ class StepKV:
 class KVScorer:
     """Base of scorers: higher scores are kept longer. Scores are float32; NaN counts as the lowest.
 
-    A score is what the cache holds for a slot, whatever :meth:`rank` makes of it.
+    A score is what the cache holds for a slot, whatever :meth:`rank` makes of it. Evicted tokens of a scorer that
+    ``merges`` are merged into others (:mod:`dyninf.kv.merging`), with its ``momentum``.
     """
+
+    merges: ClassVar[bool] = False
 
     def prompt(self, obs: PromptKV) -> jax.Array:
         """Return the score of every token of the prompts ``[B, T, K]``; those of padding are ignored."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from dyninf.cache import LayerCache, write_prompt
 from dyninf.kv.base import KVScorer, PageScorer, PromptKV, StepKV
 from dyninf.kv.mass import attention_mass
+from dyninf.kv.merging import merge_prompt, merge_victim
 from dyninf.pytree import pytree
 
 LOWEST = -3e38  # of scores that are not a number; above that of slots which hold nothing
@@ -122,13 +123,19 @@ class TopK:
             exists = exists_BSK.reshape(index.shape)
             return jnp.where(exists, jnp.take_along_axis(array, index, axis=1), empty)
 
-        return dataclasses.replace(
+        kept = dataclasses.replace(
             cache,
             k=take(obs.k_BTKH.astype(cache.k.dtype), jnp.zeros((), cache.k.dtype)),
             v=take(obs.v_BTKH.astype(cache.v.dtype), jnp.zeros((), cache.v.dtype)),
             positions=jnp.where(exists_BSK, chosen_BSK, -1).astype(jnp.int32),
             scores=take(scores_BTK, -jnp.inf),
         )
+        if not self.scorer.merges:
+            return kept
+        batch, heads = jnp.arange(len(active_BT))[:, None, None], jnp.arange(num_heads)[None, :, None]
+        evicted_BKT = active_BKT.at[batch, heads, chosen_BKS].set(False, mode="drop")
+        evicted_BKE = jnp.sort(jnp.where(evicted_BKT, position_T[None, None], length), axis=2)[:, :, : length - slots]
+        return merge_prompt(kept, obs.k_BTKH, obs.v_BTKH, evicted_BKE, self.scorer.momentum)
 
     def store(
         self, cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, written_BT: jax.Array
@@ -145,9 +152,12 @@ class TopK:
         forced_BSK = self._forced(cache.positions, position_B[:, None, None] + 1)
         ranks_BSK = _sound(self.scorer.rank(cache.scores, k_BKH))
         victim_BK = jnp.argmin(jnp.where(forced_BSK, jnp.inf, ranks_BSK), axis=1)
+        heads = jnp.arange(k_BKH.shape[1])[None]
+        if self.scorer.merges:
+            evicted_B = written_BT[:, 0] & (position_B >= slots) & (cache.positions[rows, victim_BK, heads][:, 0] >= 0)
+            cache = merge_victim(cache, victim_BK, evicted_B, self.scorer.momentum)
         slot_BK = jnp.where((position_B < slots)[:, None], position_B[:, None], victim_BK)
         slot_BK = jnp.where(written_BT, slot_BK, slots)
-        heads = jnp.arange(k_BKH.shape[1])[None]
 
         def put(array, values):
             return array.at[rows, slot_BK, heads].set(values, mode="drop", unique_indices=True)
@@ -193,6 +203,11 @@ def layer_slots(evict: object, num_layers: int, capacity: int) -> tuple[int, ...
     budget = evict.budget if isinstance(evict, TopK) else capacity
     budgets = budget if isinstance(budget, tuple) else (budget,) * num_layers
     return tuple(min(capacity, one) for one in budgets)
+
+
+def merges(evict: object) -> bool:
+    """Return whether evicted tokens are merged into others."""
+    return isinstance(evict, TopK) and evict.scorer.merges
 
 
 def _require_whole(name: str, value: object, least: int) -> None:

@@ -123,7 +123,7 @@ def test_excerpts_have_one_size_and_come_from_the_text():
         excerpts(Windows(inputs=inputs, targets=inputs, lengths=np.asarray([1, 1, 1]), num_bytes=inputs))
 
 
-@pytest.mark.parametrize("name", ["exit_half", "exit_confidence_masked", "exit_patience", "evict_recent", "selects"])
+@pytest.mark.parametrize("name", ["exit_half", "exit_confidence_masked", "exit_patience", "evict_d2o", "selects"])
 def test_a_random_state_is_one_that_a_prefill_could_leave(name, loaded):
     selects = dyninf.Plan(select=TopK(scorer=Quest(page_size=4), budget=8, dense_layers=1))
     model, plan, spec = loaded[0], {**plans(4), "selects": selects}[name], dyninf.CacheSpec(capacity=11)

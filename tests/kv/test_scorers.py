@@ -17,6 +17,7 @@ from dyninf.cache import LayerCache
 from dyninf.kv import (
     H2O,
     TOVA,
+    Critic,
     ExpectedAttention,
     HashEvict,
     KeyNorm,
@@ -204,6 +205,32 @@ def test_expected_attention_is_that_of_kvpress():
     short = prompt_obs(rotated[:14], k[:14])
     alone = scorer.prompt(dataclasses.replace(short, v_BTKH=jnp.asarray(v[None, :14])))
     np.testing.assert_allclose(scores[1, :14], alone[0], rtol=1e-4, atol=1e-6)
+
+
+def test_critic_is_what_loops_give(rng):
+    """Two prompts, one of them padded, longer than a chunk of queries; entropies add up from single probabilities."""
+    q, k = rng.normal(size=(2, 140, 4, 8)).astype(np.float32), rng.normal(size=(2, 140, 2, 8)).astype(np.float32)
+    lengths = np.array([140, 33])
+    scores = Critic(attention=0.7, entropy=0.2).prompt(prompt_obs(q, k, lengths))
+    spread = lambda part: (part - part.min()) / (part.max() - part.min())  # noqa: E731
+    for row, length in enumerate(lengths):
+        received, entropy = np.zeros(length), np.zeros(length)
+        for query in range(length):
+            for head in range(4):
+                weights = np.exp(k[row, : query + 1, head // 2] @ q[row, query, head] / math.sqrt(8))
+                weights /= weights.sum()
+                received[: query + 1] += weights
+                entropy[query] -= (weights * np.log(weights)).sum()
+        want = 0.7 * spread(received) + 0.2 * spread(entropy)
+        np.testing.assert_allclose(scores[row, :length], np.repeat(want[:, None], 2, axis=1), atol=1e-5)
+
+
+def test_critic_of_two_tokens_by_hand():
+    """Zero queries attend evenly: received 1 + 1/2 and 1/2, entropies 0 and log 2."""
+    zeros = np.zeros((2, 2, 8), np.float32)
+    # Both spread to 1 and 0, and 0 and 1; half of each.
+    np.testing.assert_allclose(Critic().prompt(prompt_obs(zeros, zeros)), np.full((1, 2, 2), 0.5))
+    np.testing.assert_allclose(Critic(entropy=0.1).prompt(prompt_obs(zeros, zeros))[0, :, 0], [0.5, 0.1])
 
 
 def test_hashes_evict_as_the_papers_code(monkeypatch):
