@@ -1,12 +1,37 @@
 """Choose the pages of a cache with the highest scores, without sorting them all."""
 
+import importlib
+from typing import Any
+
 import jax
 
 from pallas_kernels.dispatch import Implementation, choose, platform
 from pallas_kernels.index import KVIndex
 from pallas_kernels.topk_pages import reference
 
-TOPK_PAGES = (Implementation(name="xla", refuse=reference.refuse, run=reference.topk_pages),)
+
+def _kernel(name: str, needed: str, device: str) -> Implementation:
+    """Return a kernel whose module is imported when its platform asks for it: Mosaic takes half a second."""
+
+    def module() -> Any:
+        return importlib.import_module(f"pallas_kernels.topk_pages.{name}")
+
+    def refuse(*, platform: str, **facts: Any) -> str | None:
+        if platform != needed:
+            return f"needs {device}, got platform {platform!r}"
+        return module().refuse(**facts)
+
+    def run(scores_BKP: jax.Array, num_pages_B: jax.Array, **options: int) -> KVIndex:
+        return module().topk_pages(scores_BKP, num_pages_B, **options)
+
+    return Implementation(name=name, refuse=refuse, run=run)
+
+
+TOPK_PAGES = (
+    _kernel("mosaic_gpu", "gpu", "an NVIDIA GPU"),
+    _kernel("mosaic_tpu", "tpu", "a TPU"),
+    Implementation(name="xla", refuse=reference.refuse, run=reference.topk_pages),
+)
 
 
 def topk_pages(
@@ -22,7 +47,8 @@ def topk_pages(
     """Return the ``k`` best pages of every key/value head, in ascending order.
 
     The first ``sinks`` and the last ``recent`` pages are taken first, whatever their scores. Of equal scores the lower
-    page is taken; NaN counts as the lowest score. Cost: reads the scores once.
+    page is taken; NaN counts as the lowest score. Cost: reads the scores once, the GPU kernel twice above 16384 pages.
+    Exact; no gradient flows through the choice.
 
     Args:
         scores_BKP: float32; those of pages beyond ``num_pages_B`` are ignored, whatever they hold.
@@ -31,7 +57,7 @@ def topk_pages(
         page_size: slots of a page, for the index.
         sinks: first pages that are always chosen.
         recent: last pages in use that are always chosen.
-        implementation: by name; ``None`` takes the fastest that can serve.
+        implementation: ``"mosaic_gpu"``, ``"mosaic_tpu"`` or ``"xla"``; ``None`` takes the fastest that can serve.
 
     Returns:
         An index of ``min(k, num_pages_B)`` pages; padding entries are page 0.
@@ -48,6 +74,12 @@ def topk_pages(
         raise ValueError(f"expected k from 1 to the {scores_BKP.shape[2]} pages that there are, got {k}")
     if sinks < 0 or recent < 0 or sinks + recent > k:
         raise ValueError(f"expected sinks + recent of 0 to k={k} pages, got {sinks} + {recent}; raise k")
-    facts = {"platform": platform(), "num_pages": scores_BKP.shape[2], "k": k}
+    facts = {
+        "platform": platform(),
+        "capability": getattr(jax.local_devices()[0], "compute_capability", None),
+        "num_pages": scores_BKP.shape[2],
+        "k": k,
+    }
     chosen = choose("topk_pages", TOPK_PAGES, implementation, **facts)
-    return chosen.run(scores_BKP, num_pages_B, k=k, page_size=page_size, sinks=sinks, recent=recent)
+    fixed_BKP = jax.lax.stop_gradient(scores_BKP)
+    return chosen.run(fixed_BKP, num_pages_B, k=k, page_size=page_size, sinks=sinks, recent=recent)
