@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
@@ -108,7 +107,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _time(model: models.Transformer, plan: dyninf.Plan, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
     steps, context = arguments.steps, arguments.context
     key = jax.random.key(0)
-    start = random_state(model, plan, batch=batch, length=arguments.filled, capacity=context, key=key)
     tokens_NB = jax.random.randint(jax.random.fold_in(key, 1), (steps, batch), 0, model.config.vocab_size)
     spent = []
 
@@ -116,7 +114,10 @@ def _time(model: models.Transformer, plan: dyninf.Plan, batch: int, arguments: a
         spent[:] = [decode_steps(model, state, plan, tokens_NB)[1]]
         return spent
 
-    timing = measure(decode, warmup=1, repeats=arguments.repeats, setup=lambda: jax.tree.map(jnp.copy, start))
+    def begin() -> dyninf.DecodeState:  # made anew for each run, as two states may not fit in memory
+        return random_state(model, plan, batch=batch, length=arguments.filled, capacity=context, key=key)
+
+    timing = measure(decode, warmup=1, repeats=arguments.repeats, setup=begin)
     timing, means = timing.per(steps), dyninf.summarize(spent[0])
     num_bytes = bytes_per_step(model, means, batch)
     return {

@@ -12,7 +12,8 @@ from pallas_kernels.dispatch import Implementation, choose
 
 FACTS = {
     "platform": "gpu", "dtype": jnp.bfloat16, "kv_dtype": jnp.bfloat16, "head_dim": 64, "window": None,
-    "masked": False, "num_queries": 1, "num_keys": 99,
+    "masked": False, "num_queries": 1, "num_keys": 99, "capability": "8.0", "num_heads": 4, "num_kv": 2,
+    "page_size": None, "num_entries": None,
 }  # fmt: skip
 
 
@@ -28,6 +29,7 @@ FACTS = {
         ("decode", {"head_dim": 264}, "multiple of 8 up to 256, got 264"),
         ("decode", {"window": 7}, "sliding window"),
         ("decode", {"masked": True}, "not a mask of slots"),
+        ("decode", {"page_size": 16, "num_entries": 3}, "not the pages of an index"),
         ("decode", {"num_queries": 2}, "one token at a time here, got 2"),
         ("prefill", {"masked": True}, "not a mask of tokens"),
     ],
@@ -74,4 +76,5 @@ def test_explain_names_every_implementation():
     said = explain_attention(head_dim=64, dtype="bfloat16", num_queries=5)
     assert list(said) == ["prefill_attention", "decode_attention"]
     for reasons in said.values():
-        assert [name for name, _ in reasons] == ["cudnn", "xla"] and dict(reasons)["xla"] is None
+        assert [name for name, _ in reasons][-2:] == ["cudnn", "xla"] and dict(reasons)["xla"] is None
+    assert [name for name, _ in said["decode_attention"]][0] == "mosaic_gpu"
