@@ -8,7 +8,7 @@ row that may attend to nothing gives zeros.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import cudnn, mosaic_gpu, reference
+from pallas_kernels.attention import cudnn, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.dispatch import Implementation, capability, choose, explain, platform
 from pallas_kernels.index import KVIndex, check_index
 
@@ -18,6 +18,7 @@ PREFILL = (
 )
 DECODE = (
     Implementation(name="mosaic_gpu", refuse=mosaic_gpu.refuse, run=mosaic_gpu.decode_attention),
+    Implementation(name="mosaic_tpu", refuse=mosaic_tpu.refuse, run=mosaic_tpu.decode_attention),
     Implementation(name="cudnn", refuse=cudnn.refuse_decode, run=cudnn.decode_attention),
     Implementation(name="xla", refuse=reference.refuse, run=reference.decode_attention),
 )
@@ -84,7 +85,8 @@ def decode_attention(
         index: pages that may be read; ``None`` for all.
         window: attend to the last ``window`` positions only (the query's own included).
         valid_BS: slots that may be read; ``None`` for all.
-        implementation: ``"mosaic_gpu"``, ``"cudnn"`` or ``"xla"``; ``None`` takes the fastest that can serve.
+        implementation: ``"mosaic_gpu"``, ``"mosaic_tpu"``, ``"cudnn"`` or ``"xla"``; ``None`` takes the fastest that
+            can serve.
 
     Returns:
         ``[B, T, N, H]`` in q's dtype; zeros where a query may read nothing.
@@ -106,6 +108,7 @@ def decode_attention(
     facts = _facts(q_BTNH, k_BSKH, window=window, masked=valid_BS is not None)
     facts |= {"capability": capability(), "num_heads": q_BTNH.shape[2], "num_kv": k_BSKH.shape[2]}
     facts |= {"page_size": None if index is None else index.page_size}
+    facts |= {"num_entries": None if index is None else index.pages.shape[2]}
     chosen = choose("decode_attention", DECODE, implementation, **facts)
     return chosen.run(q_BTNH, k, v, positions_BT, layer=layer, index=index, window=window, valid_BS=valid_BS)
 
@@ -125,6 +128,7 @@ def explain_attention(*, head_dim: int, dtype: str, num_queries: int) -> dict[st
             num_heads=1,
             num_kv=1,
             page_size=None,
+            num_entries=None,
             capability=capability(),
         ),
     }

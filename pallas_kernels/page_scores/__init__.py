@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, capability, choose, platform
-from pallas_kernels.page_scores import mosaic_gpu, reference
+from pallas_kernels.page_scores import mosaic_gpu, mosaic_tpu, reference
 
 Reduce = Literal["max", "sum", "vote"]
 PAGE_SCORES = (
     Implementation(name="mosaic_gpu", refuse=mosaic_gpu.refuse, run=mosaic_gpu.page_scores),
+    Implementation(name="mosaic_tpu", refuse=mosaic_tpu.refuse, run=mosaic_tpu.page_scores),
     Implementation(name="xla", refuse=reference.refuse, run=reference.page_scores),
 )
 
@@ -63,9 +64,11 @@ def page_scores(
         "summary_dtype": stacked.dtype,
         "num_queries": q_BTNH.shape[1],
         "group": q_BTNH.shape[2] // stacked.shape[3],
+        "num_kv": stacked.shape[3],
         "head_dim": q_BTNH.shape[3],
         "width": stacked.shape[4],
         "num_pages": stacked.shape[2],
+        "reduce": reduce,
     }
     chosen = choose("page_scores", PAGE_SCORES, implementation, **facts)
     return chosen.run(q_BTNH, stacked, num_pages_B, layer, reduce=reduce, scale=scale)
