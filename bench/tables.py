@@ -5,6 +5,8 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+from bench import selection_tables
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 # Device copy rate measured on the H200 (bytes read and written); the floor of a step is its bytes over this rate.
@@ -242,6 +244,19 @@ def stops_table() -> str:
     return _table(head, lines) + note
 
 
+def selection_table(kind: str) -> str:
+    """Return what reading a long cache costs: whole (``decode``), or by a selected step (``step``)."""
+    rows = read_rows(f"selection_{kind}_h200")
+    head, lines = {"decode": selection_tables.decode_rows, "step": selection_tables.step_rows}[kind](rows)
+    about = rows[0]
+    budget = f"budget {about['budget']} tokens, " if kind == "step" else ""
+    note = (
+        f"\n{about['heads']} query and {about['kv_heads']} key/value heads of {about['head_dim']}, {about['dtype']}, "
+        f"random numbers, {budget}{about['device']}, jax {about['jax']}, {_commits(rows)}.\n"
+    )
+    return _table(head, lines) + note
+
+
 def read_rows(name: str) -> list[dict]:
     return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -265,4 +280,6 @@ TABLES = {
     "exits": exits_table,
     "recipes": recipes_table,
     "stops": stops_table,
+    "selection_decode": lambda: selection_table("decode"),
+    "selection_step": lambda: selection_table("step"),
 }
