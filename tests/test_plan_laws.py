@@ -39,6 +39,9 @@ LENGTHS = np.array([7, 4, 5])
 PLANS = {**plans(L), "exit_catch_up": Plan(depth=every(Confidence(threshold=0.9), step=1), fill="catch_up", window=2)}
 NAMES = sorted(PLANS)
 STATIC = {name for name in NAMES if PLANS[name].depth.static_layers(L) is not None}
+# Differ from a plan beside them by how they score alone: held to the laws in slow runs.
+ALIKE = {"exit_entropy", "exit_margin", "select_long", "select_page_mean"}
+ALIKE |= {f"evict_{scorer}" for scorer in ("critic", "expected", "key_norm", "snap_kv", "tova")}
 # One plan of each kind, to save time.
 ALONE = ("decay_power", "dense", "exit_catch_up", "exit_confidence_masked", "exit_first_of")
 COMPACT = ("decay_power", "exit_confidence")
@@ -137,7 +140,7 @@ def prompts():
     return np.random.default_rng(0).integers(0, V, (B, T))
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in NAMES])
 def name(request):
     return request.param
 
