@@ -3,11 +3,14 @@
 The TPU part runs libtpu's compiler for a described v5e slice; the GPU part lowers for CUDA and stops there.
 """
 
+import importlib
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from dyninf import CacheSpec, Plan, decode_step, prefill
+from dyninf import CacheSpec, Plan, decode_step, kv, models, prefill
 from dyninf.depth import Confidence, ExitAt, every
 
 PLANS = {
@@ -17,13 +20,13 @@ PLANS = {
 }
 
 
-def step_shapes(model, plan, dtype=jnp.bfloat16):
+def step_shapes(model, plan, dtype=jnp.bfloat16, capacity=16):
     """Shapes of the model in a dtype, of the state after a prompt, and of the plan."""
     model = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree), model)
     tokens, lengths, key = jnp.zeros((2, 5), jnp.int32), jnp.array([5, 3]), jax.random.key(0)
     plan = jax.eval_shape(lambda plan: plan, plan)
     state = jax.eval_shape(
-        lambda model, plan: prefill(model, tokens, lengths, plan, CacheSpec(capacity=16), key)[1], model, plan
+        lambda model, plan: prefill(model, tokens, lengths, plan, CacheSpec(capacity=capacity), key)[1], model, plan
     )
     return model, state, plan
 
@@ -58,3 +61,29 @@ def test_a_decode_step_lowers_for_cuda(tiny_model, name):
     exported = jax.export.export(jax.jit(step), platforms=["cuda"])(*leaves)
     assert exported.platforms == ("cuda",) and "stablehlo" in exported.mlir_module()
     assert [aval.shape for aval in exported.out_avals] == [(2,), (2,)]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the GPU kernels need jax 0.11.2")
+def test_a_selecting_loop_lowers_to_the_kernels_of_a_gpu(monkeypatch):
+    sizes = {"vocab_size": 64, "num_layers": 3, "d_model": 64, "d_ff": 96, "num_heads": 4, "num_kv_heads": 2}
+    config = models.ModelConfig(**sizes, head_dim=64, max_length=512, tie_embeddings=True)
+    model = jax.eval_shape(lambda: models.Transformer(config, jax.random.key(0)))
+    select = kv.TopK(scorer=kv.Quest(page_size=16), budget=64, sinks=16, recent=16, dense_layers=1)
+    leaves, structure = jax.tree.flatten(step_shapes(model, Plan(select=select), capacity=256))
+    for name in ("append_tokens", "attention", "page_scores", "topk_pages"):
+        operation = importlib.import_module(f"pallas_kernels.{name}")
+        monkeypatch.setattr(operation, "platform", lambda: "gpu")
+        monkeypatch.setattr(operation, "capability", lambda: "9.0")
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(core_count=132)])
+
+    def loop(*leaves):
+        model, state, plan = jax.tree.unflatten(structure, leaves)
+        state, needed = jax.lax.scan(lambda state, _: (decode_step(model, state, plan)[0], state.step), state, length=2)
+        return state.token, needed
+
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        exported = jax.export.export(jax.jit(loop), platforms=["cuda"], disabled_checks=unchecked)(*leaves)
+    # One for the layer that reads everything; storing, scores, choice and attention for each of the others.
+    assert exported.mlir_module().count("@mosaic_gpu_v2") == 1 + 2 * 4

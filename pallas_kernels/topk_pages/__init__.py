@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.dispatch import Implementation, choose, platform
+from pallas_kernels.dispatch import Implementation, capability, choose, platform
 from pallas_kernels.index import KVIndex
 from pallas_kernels.topk_pages import reference
 
@@ -76,7 +76,7 @@ def topk_pages(
         raise ValueError(f"expected sinks + recent of 0 to k={k} pages, got {sinks} + {recent}; raise k")
     facts = {
         "platform": platform(),
-        "capability": getattr(jax.local_devices()[0], "compute_capability", None),
+        "capability": capability(),
         "num_pages": scores_BKP.shape[2],
         "k": k,
     }
