@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+MOSAIC_GPU_JAX = (0, 11, 2)  # oldest version that runs our Mosaic GPU kernels
 _logger = logging.getLogger(__name__)
 
 
@@ -71,6 +72,17 @@ def platform() -> str:
 def capability() -> str | None:
     """Return the compute capability of the default device, ``None`` where it has none."""
     return getattr(jax.local_devices()[0], "compute_capability", None)
+
+
+def refuse_unless_hopper(platform: str, capability: str | None) -> str | None:
+    """Return why a Mosaic GPU kernel for Hopper cannot run here, or ``None``."""
+    if platform != "gpu":
+        return f"needs an NVIDIA GPU, got platform {platform!r}"
+    if jax.__version_info__ < MOSAIC_GPU_JAX:
+        return f"needs jax {'.'.join(map(str, MOSAIC_GPU_JAX))} or newer, got {jax.__version__}"
+    if capability != "9.0":
+        return f"needs a Hopper GPU (compute capability 9.0), got {capability}"
+    return None
 
 
 @functools.cache

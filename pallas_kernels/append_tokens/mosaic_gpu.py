@@ -16,7 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-NEEDED_JAX = (0, 11, 2)
+from pallas_kernels.dispatch import refuse_unless_hopper
+
 PAGE_SIZES = (8, 16, 32, 64, 128)
 F32, I32 = jnp.float32, jnp.int32
 TILE = plgpu.Layout.WGMMA  # [64 features, slots]
@@ -50,12 +51,8 @@ def refuse(
     num_new: int,
 ) -> str | None:
     """Return why the kernel cannot serve, or ``None``."""
-    if platform != "gpu":
-        return f"needs an NVIDIA GPU, got platform {platform!r}"
-    if jax.__version_info__ < NEEDED_JAX:
-        return f"needs jax {'.'.join(map(str, NEEDED_JAX))} or newer, got {jax.__version__}"
-    if capability != "9.0":
-        return f"needs a Hopper GPU (compute capability 9.0), got {capability}"
+    if reason := refuse_unless_hopper(platform, capability):
+        return reason
     if dtype not in (jnp.bfloat16, jnp.float16) or summary_dtype != dtype:
         names = f"{jnp.dtype(dtype).name} keys and {jnp.dtype(summary_dtype).name} summaries"
         return f"needs bfloat16 or float16 everywhere, got {names}"

@@ -16,7 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-NEEDED_JAX = (0, 11, 2)
+from pallas_kernels.dispatch import refuse_unless_hopper
+
 UNIT, STAGES = 64, 3
 I32 = jnp.int32
 
@@ -41,12 +42,8 @@ class Geometry:
 
 def refuse(*, platform: str, capability: str | None, dtype: Any, head_dim: int, kept: int) -> str | None:
     """Return why the kernel cannot serve, or ``None``."""
-    if platform != "gpu":
-        return f"needs an NVIDIA GPU, got platform {platform!r}"
-    if jax.__version_info__ < NEEDED_JAX:
-        return f"needs jax {'.'.join(map(str, NEEDED_JAX))} or newer, got {jax.__version__}"
-    if capability != "9.0":
-        return f"needs a Hopper GPU (compute capability 9.0), got {capability}"
+    if reason := refuse_unless_hopper(platform, capability):
+        return reason
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"needs bfloat16 or float16, got {jnp.dtype(dtype).name}"
     if head_dim % 64 or head_dim > 256:
