@@ -6,6 +6,7 @@ is never replaced by another.
 """
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,30 @@ class Implementation:
     name: str
     refuse: Callable[..., str | None]
     run: Callable[..., Any]
+
+
+def kernel(package: str, name: str, operation: str) -> Implementation:
+    """Return a Mosaic kernel whose module is imported when its platform asks for it: that takes half a second.
+
+    Args:
+        package: of this one, in which ``mosaic_gpu`` or ``mosaic_tpu`` has ``refuse`` and the operation.
+        name: which of them.
+        operation: name of the function.
+    """
+    needed, device = {"mosaic_gpu": ("gpu", "an NVIDIA GPU"), "mosaic_tpu": ("tpu", "a TPU")}[name]
+
+    def module() -> Any:
+        return importlib.import_module(f"pallas_kernels.{package}.{name}")
+
+    def refuse(*, platform: str, **facts: Any) -> str | None:
+        if platform != needed:
+            return f"needs {device}, got platform {platform!r}"
+        return module().refuse(platform=platform, **facts)
+
+    def run(*arrays: Any, **options: Any) -> Any:
+        return getattr(module(), operation)(*arrays, **options)
+
+    return Implementation(name=name, refuse=refuse, run=run)
 
 
 def choose(

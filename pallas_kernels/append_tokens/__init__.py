@@ -5,11 +5,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.append_tokens import mosaic_gpu, reference
-from pallas_kernels.dispatch import Implementation, capability, choose, platform
+from pallas_kernels.append_tokens import reference
+from pallas_kernels.dispatch import Implementation, capability, choose, kernel, platform
 
 APPEND_TOKENS = (
-    Implementation(name="mosaic_gpu", refuse=mosaic_gpu.refuse, run=mosaic_gpu.append_tokens),
+    kernel("append_tokens", "mosaic_gpu", "append_tokens"),
     Implementation(name="xla", refuse=reference.refuse, run=reference.append_tokens),
 )
 

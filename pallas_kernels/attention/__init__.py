@@ -8,8 +8,8 @@ row that may attend to nothing gives zeros.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import cudnn, mosaic_gpu, mosaic_tpu, reference
-from pallas_kernels.dispatch import Implementation, capability, choose, explain, platform
+from pallas_kernels.attention import cudnn, reference
+from pallas_kernels.dispatch import Implementation, capability, choose, explain, kernel, platform
 from pallas_kernels.index import KVIndex, check_index
 
 PREFILL = (
@@ -17,8 +17,8 @@ PREFILL = (
     Implementation(name="xla", refuse=reference.refuse, run=reference.prefill_attention),
 )
 DECODE = (
-    Implementation(name="mosaic_gpu", refuse=mosaic_gpu.refuse, run=mosaic_gpu.decode_attention),
-    Implementation(name="mosaic_tpu", refuse=mosaic_tpu.refuse, run=mosaic_tpu.decode_attention),
+    kernel("attention", "mosaic_gpu", "decode_attention"),
+    kernel("attention", "mosaic_tpu", "decode_attention"),
     Implementation(name="cudnn", refuse=cudnn.refuse_decode, run=cudnn.decode_attention),
     Implementation(name="xla", refuse=reference.refuse, run=reference.decode_attention),
 )

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.compact_cache import mosaic_gpu, reference
-from pallas_kernels.dispatch import Implementation, capability, choose, platform
+from pallas_kernels.compact_cache import reference
+from pallas_kernels.dispatch import Implementation, capability, choose, kernel, platform
 
 COMPACT_CACHE = (
-    Implementation(name="mosaic_gpu", refuse=mosaic_gpu.refuse, run=mosaic_gpu.compact_cache),
+    kernel("compact_cache", "mosaic_gpu", "compact_cache"),
     Implementation(name="xla", refuse=reference.refuse, run=reference.compact_cache),
 )
 

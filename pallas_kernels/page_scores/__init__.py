@@ -11,13 +11,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, capability, choose, platform
-from pallas_kernels.page_scores import mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.dispatch import Implementation, capability, choose, kernel, platform
+from pallas_kernels.page_scores import reference
 
 Reduce = Literal["max", "sum", "vote"]
 PAGE_SCORES = (
-    Implementation(name="mosaic_gpu", refuse=mosaic_gpu.refuse, run=mosaic_gpu.page_scores),
-    Implementation(name="mosaic_tpu", refuse=mosaic_tpu.refuse, run=mosaic_tpu.page_scores),
+    kernel("page_scores", "mosaic_gpu", "page_scores"),
+    kernel("page_scores", "mosaic_tpu", "page_scores"),
     Implementation(name="xla", refuse=reference.refuse, run=reference.page_scores),
 )
 

@@ -1,35 +1,14 @@
 """Choose the pages of a cache with the highest scores, without sorting them all."""
 
-import importlib
-from typing import Any
-
 import jax
 
-from pallas_kernels.dispatch import Implementation, capability, choose, platform
+from pallas_kernels.dispatch import Implementation, capability, choose, kernel, platform
 from pallas_kernels.index import KVIndex
 from pallas_kernels.topk_pages import reference
 
-
-def _kernel(name: str, needed: str, device: str) -> Implementation:
-    """Return a kernel whose module is imported when its platform asks for it: Mosaic takes half a second."""
-
-    def module() -> Any:
-        return importlib.import_module(f"pallas_kernels.topk_pages.{name}")
-
-    def refuse(*, platform: str, **facts: Any) -> str | None:
-        if platform != needed:
-            return f"needs {device}, got platform {platform!r}"
-        return module().refuse(**facts)
-
-    def run(scores_BKP: jax.Array, num_pages_B: jax.Array, **options: int) -> KVIndex:
-        return module().topk_pages(scores_BKP, num_pages_B, **options)
-
-    return Implementation(name=name, refuse=refuse, run=run)
-
-
 TOPK_PAGES = (
-    _kernel("mosaic_gpu", "gpu", "an NVIDIA GPU"),
-    _kernel("mosaic_tpu", "tpu", "a TPU"),
+    kernel("topk_pages", "mosaic_gpu", "topk_pages"),
+    kernel("topk_pages", "mosaic_tpu", "topk_pages"),
     Implementation(name="xla", refuse=reference.refuse, run=reference.topk_pages),
 )
 
