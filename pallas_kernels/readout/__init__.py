@@ -5,43 +5,20 @@ All of them are reductions over the vocabulary, so the kernels read the matrix o
 """
 
 import dataclasses
-import importlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.dispatch import Implementation, capability, choose, platform
+from pallas_kernels.dispatch import Implementation, capability, choose, kernel, platform
 from pallas_kernels.readout import reference
 from pallas_kernels.readout.reference import Readout as Readout
 from pallas_kernels.readout.reference import read_logits as read_logits
 
-MAX_ROWS = 64
-
-
-def _kernel(name: str, needed: str, device: str) -> Implementation:
-    """Return a kernel whose module is imported when its platform asks for it: Mosaic takes half a second."""
-
-    def module() -> Any:
-        return importlib.import_module(f"pallas_kernels.readout.{name}")
-
-    def refuse(*, platform: str, rows: int, **facts: Any) -> str | None:
-        if platform != needed:
-            return f"needs {device}, got platform {platform!r}"
-        if not 1 <= rows <= MAX_ROWS:
-            return f"reads 1 to {MAX_ROWS} states at a time, got {rows}"
-        return module().refuse(**facts)
-
-    def run(h_BD: jax.Array, weights: jax.Array, *, transposed: bool) -> Readout:
-        return module().exit_readout(h_BD, weights, transposed=transposed)
-
-    return Implementation(name=name, refuse=refuse, run=run)
-
-
 READOUT = (
-    _kernel("mosaic_gpu", "gpu", "an NVIDIA GPU"),
-    _kernel("mosaic_tpu", "tpu", "a TPU"),
+    kernel("readout", "mosaic_gpu", "exit_readout"),
+    kernel("readout", "mosaic_tpu", "exit_readout"),
     Implementation(name="xla", refuse=reference.refuse, run=reference.exit_readout),
 )
 

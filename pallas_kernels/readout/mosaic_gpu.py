@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.readout.reference import Readout, merge
+from pallas_kernels.readout.reference import Readout, merge, refuse_rows
 
 NEEDED_JAX = (0, 11, 2)
 SHARED_BYTES = 216 * 1024  # of the 227 KiB that a block can have, less barriers and the scratch of reductions
@@ -64,14 +64,18 @@ class Geometry:
 
 def refuse(
     *,
+    rows: int,
     d_model: int,
     num_tokens: int,
     dtype: Any,
     weights_dtype: Any,
     transposed: bool,
     capability: str | None,
+    **_: Any,
 ) -> str | None:
     """Return why the kernel cannot serve on an NVIDIA GPU, or ``None``."""
+    if reason := refuse_rows(rows):
+        return reason
     if jax.__version_info__ < NEEDED_JAX:
         return f"needs jax {'.'.join(map(str, NEEDED_JAX))} or newer, got {jax.__version__}"
     if capability != "9.0":

@@ -15,15 +15,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.readout.reference import Readout, merge
+from pallas_kernels.readout.reference import Readout, merge, refuse_rows
 
 BLOCK_BYTES = 4 * 2**20  # of weights; two blocks are in VMEM at a time, of 16 MiB that a kernel gets by default
 LANES = 128
 HALVES = 2
 
 
-def refuse(*, d_model: int, num_tokens: int, dtype: Any, weights_dtype: Any, transposed: bool, **_: Any) -> str | None:
+def refuse(
+    *, rows: int, d_model: int, num_tokens: int, dtype: Any, weights_dtype: Any, transposed: bool, **_: Any
+) -> str | None:
     """Return why the kernel cannot serve on a TPU, or ``None``."""
+    if reason := refuse_rows(rows):
+        return reason
     if dtype not in (jnp.bfloat16, jnp.float32) or weights_dtype != dtype:
         names = f"{jnp.dtype(dtype).name} states and {jnp.dtype(weights_dtype).name} weights"
         return f"needs bfloat16 or float32 everywhere, got {names}"

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+MAX_ROWS = 64  # of the kernels
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -55,6 +57,11 @@ class Readout:
 def refuse(**facts: Any) -> str | None:
     """Serve every call."""
     return None
+
+
+def refuse_rows(rows: int) -> str | None:
+    """Return why the kernels cannot read so many states, or ``None``."""
+    return None if 1 <= rows <= MAX_ROWS else f"reads 1 to {MAX_ROWS} states at a time, got {rows}"
 
 
 def exit_readout(h_BD: jax.Array, weights: jax.Array, *, transposed: bool) -> Readout:
