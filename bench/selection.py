@@ -6,7 +6,7 @@ nothing stays in a cache of the device. Three studies:
 - ``decode``: one token attends to everything, by every implementation, and by PyTorch where it is installed.
 - ``topk``: the best pages of rows of scores, beside ``lax.top_k`` and ``torch.topk``.
 - ``step``: a whole selected step: store the new token and summarize its page, score all pages, choose, and attend to
-  the chosen ones; by the kernels, and by plain XLA operations.
+  the chosen ones; by the kernels, of which one stores and scores, and by plain XLA operations.
 
 Times are of the device's kernels (CUPTI), and of the wall clock for calls enqueued one behind the other. PyTorch is
 timed with ``--torch``, in a process of its own: once it had used cuDNN, JAX's next call of it was seen to hang. Run it
@@ -80,7 +80,7 @@ def decode_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
 
     def program(name):
         def run(q, caches):
-            return sum(kernels.decode_attention(q, *cache, positions, implementation=name) for cache in caches)
+            return [kernels.decode_attention(q, *cache, positions, implementation=name) for cache in caches]
 
         return lambda: time_jax(run, q, caches, parts=len(caches))
 
@@ -123,31 +123,35 @@ def step_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
     entry = arguments.kv_heads * arguments.head_dim * jnp.dtype(arguments.dtype).itemsize
     summary_bytes = batch * num_pages * entry * (2 if arguments.kind == "bounds" else 1)
 
+    about = {"kind": arguments.kind, "page_size": page_size}
+    choose = {"k": k, "page_size": page_size, "sinks": 1, "recent": 1}
+
     def selected(name):
         def run(caches, q, new):
-            total, updated = 0, []
-            for (k_all, v_all, summary), (k_new, v_new) in zip(caches, new, strict=True):
-                options = {"kind": arguments.kind, "page_size": page_size, "implementation": name}
-                cache = kernels.append_tokens(k_all, v_all, summary, k_new, v_new, at, **options)
-                scores = kernels.page_scores(q, cache[2], used, implementation=name)
-                choose = {"k": k, "page_size": page_size, "sinks": 1, "recent": 1, "implementation": name}
-                index = kernels.topk_pages(scores, used, **choose)
-                total += kernels.decode_attention(q, *cache[:2], at, index=index, implementation=name)
-                updated.append(cache)
-            return updated, total
+            found, updated = [], []
+            for cache, fresh in zip(caches, new, strict=True):
+                if name is None:
+                    *cache, scores = kernels.append_and_score(*cache, *fresh, at, q, **about)
+                else:
+                    cache = kernels.append_tokens(*cache, *fresh, at, **about, implementation=name)
+                    scores = kernels.page_scores(q, cache[2], used, implementation=name)
+                index = kernels.topk_pages(scores, used, **choose, implementation=name)
+                found.append(kernels.decode_attention(q, *cache[:2], at, index=index, implementation=name))
+                updated.append(tuple(cache))
+            return updated, found
 
         return lambda: time_jax(run, q, new, parts=len(layers), donated=caches())
 
     def dense(name):
         def run(caches, q, new):
-            total, updated = 0, []
+            found, updated = [], []
             rows = jnp.arange(batch)[:, None]
             for cache, fresh in zip(caches, new, strict=True):
                 put = lambda old, one: old.at[rows, at].set(one, unique_indices=True)  # noqa: E731
-                k_all, v_all = (put(old, one) for old, one in zip(cache[:2], fresh, strict=True))
-                total += kernels.decode_attention(q, k_all, v_all, at, implementation=name)
-                updated.append((k_all, v_all))
-            return updated, total
+                pair = tuple(put(old, one) for old, one in zip(cache[:2], fresh, strict=True))
+                found.append(kernels.decode_attention(q, *pair, at, implementation=name))
+                updated.append(pair)
+            return updated, found
 
         return lambda: time_jax(run, q, new, parts=len(layers), donated=[cache[:2] for cache in caches()])
 

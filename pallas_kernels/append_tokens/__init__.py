@@ -1,6 +1,6 @@
 """Store the keys and values of new tokens in a cache, and bring the summaries of their pages up to date."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,17 @@ def append_tokens(
         ValueError: if shapes do not match.
         NotImplementedError: if the requested implementation cannot serve.
     """
+    check(k, v, summary, k_BTKH, v_BTKH, slots_BT, kind, page_size, layer)
+    chosen = choose("append_tokens", APPEND_TOKENS, implementation, **facts(k, summary, slots_BT, page_size))
+    k_BTKH, v_BTKH = k_BTKH.astype(k.dtype), v_BTKH.astype(v.dtype)
+    stacked = (k, v, summary) if layer is not None else (k[None], v[None], summary[None])
+    layer = jnp.int32(0) if layer is None else layer
+    found = chosen.run(*stacked, k_BTKH, v_BTKH, slots_BT, layer, kind=kind, page_size=page_size)
+    return found if k.ndim == 5 else tuple(array[0] for array in found)
+
+
+def check(k, v, summary, k_BTKH, v_BTKH, slots_BT, kind: str, page_size: int, layer: jax.Array | None) -> None:
+    """Raise ValueError if the arguments of :func:`append_tokens` do not fit each other."""
     shapes = f"got k {k.shape}, v {v.shape}, summary {summary.shape}, new {k_BTKH.shape} and {v_BTKH.shape}"
     if (layer is not None) != (k.ndim == 5) or (layer is not None and jnp.shape(layer) != ()):
         raise ValueError(f"expected a scalar layer for a cache [L, B, S, K, H] and for no other, {shapes}, {layer=}")
@@ -63,11 +74,17 @@ def append_tokens(
     pages = -(-slots // page_size)
     if summary.shape[-3:-2] < (pages,) or summary.shape != (*k.shape[:-3], summary.shape[-3], num_kv, width):
         raise ValueError(f"expected summaries [B, P, K, X] with P of at least {pages} and X = {width}, {shapes}")
-    facts = {"platform": platform(), "capability": capability(), "dtype": k.dtype, "summary_dtype": summary.dtype}
-    facts |= {"head_dim": dim, "num_slots": slots, "page_size": page_size, "num_new": slots_BT.shape[1]}
-    chosen = choose("append_tokens", APPEND_TOKENS, implementation, **facts)
-    k_BTKH, v_BTKH = k_BTKH.astype(k.dtype), v_BTKH.astype(v.dtype)
-    stacked = (k, v, summary) if layer is not None else (k[None], v[None], summary[None])
-    layer = jnp.int32(0) if layer is None else layer
-    found = chosen.run(*stacked, k_BTKH, v_BTKH, slots_BT, layer, kind=kind, page_size=page_size)
-    return found if k.ndim == 5 else tuple(array[0] for array in found)
+
+
+def facts(k: jax.Array, summary: jax.Array, slots_BT: jax.Array, page_size: int) -> dict[str, Any]:
+    """Return what implementations look at to say whether they can serve."""
+    return {
+        "platform": platform(),
+        "capability": capability(),
+        "dtype": k.dtype,
+        "summary_dtype": summary.dtype,
+        "head_dim": k.shape[-1],
+        "num_slots": k.shape[-3],
+        "page_size": page_size,
+        "num_new": slots_BT.shape[1],
+    }

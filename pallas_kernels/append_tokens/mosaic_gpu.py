@@ -66,10 +66,10 @@ def refuse(
     return None
 
 
-def append_tokens(k, v, summary, k_BTKH, v_BTKH, slots_BT, layer, *, kind, page_size):
-    """See :func:`pallas_kernels.append_tokens.append_tokens`; the arrays are stacked."""
+def geometry(k, summary, slots_BT, page_size: int) -> Geometry:
+    """Return the sizes of a call."""
     layers, batch, slots, kv_heads, head_dim = k.shape
-    g = Geometry(
+    return Geometry(
         layers=layers,
         batch=batch,
         tokens=slots_BT.shape[1],
@@ -81,30 +81,44 @@ def append_tokens(k, v, summary, k_BTKH, v_BTKH, slots_BT, layer, *, kind, page_
         page_size=page_size,
         dtype=k.dtype,
     )
+
+
+def append_tokens(k, v, summary, k_BTKH, v_BTKH, slots_BT, layer, *, kind, page_size):
+    """See :func:`pallas_kernels.append_tokens.append_tokens`; the arrays are stacked."""
+    g = geometry(k, summary, slots_BT, page_size)
     refs = [jax.new_ref(array) for array in (k, v, summary)]
     _kernel(g)(layer.reshape(1).astype(I32), slots_BT.astype(I32), k_BTKH, v_BTKH, *refs)
     return tuple(jax.freeze(ref) for ref in refs)
 
 
+@functools.cache
 def _kernel(g: Geometry):
     return plgpu.kernel(
         functools.partial(_body, g),
         out_type=(),
         grid=(g.batch * g.kv_heads,),
         grid_names=("block",),
-        scratch_types={
-            "new": plgpu.SMEM((2, g.tokens, g.head_dim), g.dtype),
-            "page": plgpu.SMEM((g.page_size, g.head_dim), g.dtype),
-            "came": plgpu.Barrier(num_arrivals=2),
-            "read": plgpu.Barrier(),
-        },
+        scratch_types=scratch_types(g),
     )
+
+
+def scratch_types(g: Geometry) -> dict[str, Any]:
+    """Return what :func:`append` needs of a block."""
+    return {
+        "new": plgpu.SMEM((2, g.tokens, g.head_dim), g.dtype),
+        "page": plgpu.SMEM((g.page_size, g.head_dim), g.dtype),
+        "came": plgpu.Barrier(num_arrivals=2),
+        "read": plgpu.Barrier(),
+    }
 
 
 def _body(g: Geometry, *refs, **scratch):
     names = ("layer", "slots", "k_new", "v_new", "k", "v", "summary")
-    r = SimpleNamespace(**dict(zip(names, refs, strict=True)), **scratch)
-    block = lax.axis_index("block")
+    append(g, SimpleNamespace(**dict(zip(names, refs, strict=True)), **scratch), lax.axis_index("block"))
+
+
+def append(g: Geometry, r: SimpleNamespace, block: jax.Array) -> None:
+    """Store the tokens of the ``block``-th sequence and head; one warpgroup does it."""
     batch, head = lax.div(block, I32(g.kv_heads)), lax.rem(block, I32(g.kv_heads))
     layer = jnp.clip(r.layer[0], 0, g.layers - 1)
     for i, new in enumerate((r.k_new, r.v_new)):

@@ -179,6 +179,7 @@ def decode_attention(
     return _kernel(g)(*inputs, q_BTNH, k, v)[0]
 
 
+@functools.cache
 def _kernel(g: Geometry):
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     heads = g.batch * g.kv_heads

@@ -70,6 +70,7 @@ def compact_cache(k, v, slots_BKM, layer):
     return tuple(jax.freeze(ref) for ref in refs)
 
 
+@functools.cache
 def _kernel(g: Geometry):
     return plgpu.kernel(
         functools.partial(_body, g),

@@ -6,7 +6,7 @@ product that any key within them could have, ``sum_d max(q_d high_d, q_d low_d)`
 the positive and the negative part of the query, one product over 2H.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -53,24 +53,9 @@ def page_scores(
 
     Source: Tang et al. 2024 (Quest), section 3 for bounds; the rewriting as one product is ours.
     """
-    if reduce not in ("max", "sum", "vote"):
-        raise ValueError(f"expected reduce 'max', 'sum' or 'vote', got {reduce!r}")
-    _check(q_BTNH, summary_BPKX, num_pages_B, layer)
+    check(q_BTNH, summary_BPKX, num_pages_B, layer, reduce)
     stacked, layer = (summary_BPKX[None], jnp.int32(0)) if layer is None else (summary_BPKX, layer)
-    facts = {
-        "platform": platform(),
-        "capability": capability(),
-        "dtype": q_BTNH.dtype,
-        "summary_dtype": stacked.dtype,
-        "num_queries": q_BTNH.shape[1],
-        "group": q_BTNH.shape[2] // stacked.shape[3],
-        "num_kv": stacked.shape[3],
-        "head_dim": q_BTNH.shape[3],
-        "width": stacked.shape[4],
-        "num_pages": stacked.shape[2],
-        "reduce": reduce,
-    }
-    chosen = choose("page_scores", PAGE_SCORES, implementation, **facts)
+    chosen = choose("page_scores", PAGE_SCORES, implementation, **facts(q_BTNH, stacked, reduce))
     return chosen.run(q_BTNH, stacked, num_pages_B, layer, reduce=reduce, scale=scale)
 
 
@@ -105,7 +90,29 @@ def summarize_page(k_xSKH: jax.Array, live_xS: jax.Array, *, kind: Literal["mean
     return jnp.where(some, jnp.concatenate([high, low], axis=-1), 0.0).astype(k_xSKH.dtype)
 
 
-def _check(q_BTNH: jax.Array, summary: jax.Array, num_pages_B: jax.Array, layer: jax.Array | None) -> None:
+def facts(q_BTNH: jax.Array, summary_LBPKX: jax.Array, reduce: Reduce) -> dict[str, Any]:
+    """Return what implementations look at to say whether they can serve."""
+    return {
+        "platform": platform(),
+        "capability": capability(),
+        "dtype": q_BTNH.dtype,
+        "summary_dtype": summary_LBPKX.dtype,
+        "num_queries": q_BTNH.shape[1],
+        "group": q_BTNH.shape[2] // summary_LBPKX.shape[3],
+        "num_kv": summary_LBPKX.shape[3],
+        "head_dim": q_BTNH.shape[3],
+        "width": summary_LBPKX.shape[4],
+        "num_pages": summary_LBPKX.shape[2],
+        "reduce": reduce,
+    }
+
+
+def check(
+    q_BTNH: jax.Array, summary: jax.Array, num_pages_B: jax.Array, layer: jax.Array | None, reduce: Reduce
+) -> None:
+    """Raise ValueError if the arguments of :func:`page_scores` do not fit each other."""
+    if reduce not in ("max", "sum", "vote"):
+        raise ValueError(f"expected reduce 'max', 'sum' or 'vote', got {reduce!r}")
     shapes = f"got q {q_BTNH.shape} and summaries {summary.shape}"
     if (
         summary.ndim != (4 if layer is None else 5)

@@ -127,8 +127,16 @@ def page_scores(q_BTNH, summary_LBPKX, num_pages_B, layer, *, reduce, scale, cor
     Args:
         cores: multiprocessors to divide the work for; ``None`` for those of the device.
     """
+    g = geometry(q_BTNH, summary_LBPKX, reduce=reduce, scale=scale, cores=cores)
+    inputs = (layer.reshape(1).astype(I32), num_pages_B.astype(I32), q_BTNH, summary_LBPKX)
+    found = _kernel(g)(*inputs)
+    return votes(g, found, *inputs) if reduce == "vote" else found[:, :, : g.pages]
+
+
+def geometry(q_BTNH, summary_LBPKX, *, reduce: str, scale: float, cores: int | None) -> Geometry:
+    """Return how a call is divided; a vote begins with the pass that finds normalizers."""
     layers, batch, pages, kv_heads, width = summary_LBPKX.shape
-    g = Geometry(
+    return Geometry(
         layers=layers,
         batch=batch,
         tokens=q_BTNH.shape[1],
@@ -142,45 +150,60 @@ def page_scores(q_BTNH, summary_LBPKX, num_pages_B, layer, *, reduce, scale, cor
         reduce="normalize" if reduce == "vote" else reduce,
         cores=jax.local_devices()[0].core_count if cores is None else cores,
     )
-    inputs = (layer.reshape(1).astype(I32), num_pages_B.astype(I32), q_BTNH, summary_LBPKX)
-    if reduce != "vote":
-        return _kernel(g)(*inputs)[:, :, :pages]
-    top_CSR, total_CSR = (part[:, :, 0] for part in jnp.split(_kernel(g)(*inputs), 2, axis=2))
+
+
+def votes(g: Geometry, found, layer, num_pages_B, q_BTNH, summary_LBPKX):
+    """Return the votes from what the first pass found: the second pass."""
+    top_CSR, total_CSR = (part[:, :, 0] for part in jnp.split(found, 2, axis=2))
     peak_CR = jnp.max(top_CSR, axis=1)
     total_CR = jnp.sum(total_CSR * jnp.exp2(top_CSR - peak_CR[:, None]), axis=1)
     normalizer_CR = peak_CR + jnp.log2(total_CR)
-    return _kernel(dataclasses.replace(g, reduce="vote"))(*inputs, normalizer_CR)[:, :, :pages]
+    second = _kernel(dataclasses.replace(g, reduce="vote"))
+    return second(layer, num_pages_B, q_BTNH, summary_LBPKX, normalizer_CR)[:, :, : g.pages]
 
 
+@functools.cache
 def _kernel(g: Geometry):
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    if g.reduce == "normalize":
-        out = jax.ShapeDtypeStruct((g.batch * g.kv_heads, g.splits, 2, g.rows), F32)
-    else:
-        out = jax.ShapeDtypeStruct((g.batch, g.kv_heads, g.tiles * PAGES), F32)
     return plgpu.kernel(
         functools.partial(_body, g),
-        out_type=out,
+        out_type=out_type(g),
         grid=(g.batch * g.kv_heads * g.splits,),
         grid_names=("block",),
         num_threads=2,
         thread_name="warpgroup",
-        scratch_types={
-            "ring": plgpu.SMEM((g.stages, PAGES, g.width), g.dtype, transforms=tiled),
-            "queries": plgpu.SMEM((g.rows, g.width), g.dtype, transforms=tiled),
-            "staged": plgpu.SMEM((g.rows, g.head_dim), g.dtype),
-            "full": plgpu.Barrier(num_barriers=g.stages),
-            "free": plgpu.Barrier(num_barriers=g.stages),
-            "asked": plgpu.Barrier(num_arrivals=g.tokens),
-        },
+        scratch_types=scratch_types(g),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION_BYTES),
     )
 
 
+def out_type(g: Geometry) -> jax.ShapeDtypeStruct:
+    """Return what a pass writes."""
+    if g.reduce == "normalize":
+        return jax.ShapeDtypeStruct((g.batch * g.kv_heads, g.splits, 2, g.rows), F32)
+    return jax.ShapeDtypeStruct((g.batch, g.kv_heads, g.tiles * PAGES), F32)
+
+
+def scratch_types(g: Geometry) -> dict[str, Any]:
+    """Return what :func:`score` needs of a block."""
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return {
+        "ring": plgpu.SMEM((g.stages, PAGES, g.width), g.dtype, transforms=tiled),
+        "queries": plgpu.SMEM((g.rows, g.width), g.dtype, transforms=tiled),
+        "staged": plgpu.SMEM((g.rows, g.head_dim), g.dtype),
+        "full": plgpu.Barrier(num_barriers=g.stages),
+        "free": plgpu.Barrier(num_barriers=g.stages),
+        "asked": plgpu.Barrier(num_arrivals=g.tokens),
+    }
+
+
 def _body(g: Geometry, *refs, **scratch):
     names = ["layer", "num_pages", "q", "summary", *(["normalizer"] if g.reduce == "vote" else []), "out"]
-    r = SimpleNamespace(**dict(zip(names, refs, strict=True)), **scratch)
-    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    score(g, SimpleNamespace(**dict(zip(names, refs, strict=True)), **scratch), lax.axis_index("block"))
+
+
+def score(g: Geometry, r: SimpleNamespace, block: jax.Array) -> None:
+    """Score the pages of the ``block``-th split; two warpgroups do it."""
+    warpgroup = lax.axis_index("warpgroup")
     head, split = lax.div(block, I32(g.splits)), lax.rem(block, I32(g.splits))
     at = SimpleNamespace(
         head=head, split=split, batch=lax.div(head, I32(g.kv_heads)), kv_head=lax.rem(head, I32(g.kv_heads)),

@@ -128,19 +128,22 @@ def topk_pages(scores_BKP, num_pages_B, *, k, page_size, sinks, recent):
     if not g.rows:
         counts_BK, pages_BKM = jnp.zeros((batch, heads), jnp.int32), jnp.zeros((batch, heads, k), jnp.int32)
         return KVIndex(counts=counts_BK, pages=pages_BKM, page_size=page_size)
-    counts_BK, pages_BKM = plgpu.kernel(
+    counts_BK, pages_BKM = _kernel(g)(scores_BKP, num_pages_B.astype(jnp.int32))
+    return KVIndex(counts=counts_BK, pages=pages_BKM, page_size=page_size)
+
+
+@functools.cache
+def _kernel(g: Geometry):
+    heads = (g.rows // g.heads, g.heads)
+    return plgpu.kernel(
         functools.partial(_body, g),
-        out_type=[
-            jax.ShapeDtypeStruct((batch, heads), jnp.int32),
-            jax.ShapeDtypeStruct((batch, heads, k), jnp.int32),
-        ],
+        out_type=[jax.ShapeDtypeStruct(heads, jnp.int32), jax.ShapeDtypeStruct((*heads, g.k), jnp.int32)],
         grid=(g.rows,),
         grid_names=("row",),
         num_threads=g.threads // 128,
         thread_name="warpgroup",
         scratch_types=[plgpu.SMEM((g.shared_bytes // 4,), jnp.int32)],
-    )(scores_BKP, num_pages_B.astype(jnp.int32))
-    return KVIndex(counts=counts_BK, pages=pages_BKM, page_size=page_size)
+    )
 
 
 def _body(g, *refs):
