@@ -79,10 +79,10 @@ def decode_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
     num_bytes = sum(array.nbytes for array in caches[0])
 
     def program(name):
-        def run(q, caches):
+        def run(q, caches, positions):
             return [kernels.decode_attention(q, *cache, positions, implementation=name) for cache in caches]
 
-        return lambda: time_jax(run, q, caches, parts=len(caches))
+        return lambda: time_jax(run, q, caches, positions, parts=len(caches))
 
     found = [(name, num_bytes, program(name)) for name in ("mosaic_gpu", "cudnn", "xla")]
     return [*found, ("torch_cudnn", num_bytes, lambda: time_torch_attention(q, caches))]
@@ -96,8 +96,8 @@ def topk_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
 
     def program(name):
         options = {"k": k, "page_size": arguments.page_size, "implementation": name}
-        run = lambda scores: [kernels.topk_pages(one, used, **options) for one in scores]  # noqa: E731
-        return lambda: time_jax(run, scores, parts=len(scores))
+        run = lambda scores, used: [kernels.topk_pages(one, used, **options) for one in scores]  # noqa: E731
+        return lambda: time_jax(run, scores, used, parts=len(scores))
 
     plain = lambda: time_jax(lambda scores: [jax.lax.top_k(one, k) for one in scores], scores, parts=len(scores))  # noqa: E731
     found = [("mosaic_gpu", program("mosaic_gpu")), ("xla", program("xla")), ("lax_top_k", plain)]
@@ -122,12 +122,11 @@ def step_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
     new = [_cache(batch, 1, 100 + layer, arguments) for layer in layers]
     entry = arguments.kv_heads * arguments.head_dim * jnp.dtype(arguments.dtype).itemsize
     summary_bytes = batch * num_pages * entry * (2 if arguments.kind == "bounds" else 1)
-
     about = {"kind": arguments.kind, "page_size": page_size}
     choose = {"k": k, "page_size": page_size, "sinks": 1, "recent": 1}
 
     def selected(name):
-        def run(caches, q, new):
+        def run(caches, q, new, at, used):
             found, updated = [], []
             for cache, fresh in zip(caches, new, strict=True):
                 if name is None:
@@ -140,10 +139,10 @@ def step_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
                 updated.append(tuple(cache))
             return updated, found
 
-        return lambda: time_jax(run, q, new, parts=len(layers), donated=caches())
+        return lambda: time_jax(run, q, new, at, used, parts=len(layers), donated=caches())
 
     def dense(name):
-        def run(caches, q, new):
+        def run(caches, q, new, at, used):
             found, updated = [], []
             rows = jnp.arange(batch)[:, None]
             for cache, fresh in zip(caches, new, strict=True):
@@ -153,7 +152,7 @@ def step_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
                 updated.append(pair)
             return updated, found
 
-        return lambda: time_jax(run, q, new, parts=len(layers), donated=[cache[:2] for cache in caches()])
+        return lambda: time_jax(run, q, new, at, used, parts=len(layers), donated=[cache[:2] for cache in caches()])
 
     few = summary_bytes + 2 * batch * arguments.budget * entry
     found = [(f"selected_{name or 'fastest'}", few, selected(name)) for name in (None, "xla")]

@@ -90,8 +90,13 @@ class Geometry:
 
     @property
     def splits(self) -> int:
-        """Blocks of a key/value head: as many as run at once, but no more than it takes to give each as many units."""
-        most = max(1, min(self.units, self.cores * self.blocks_per_core // (self.batch * self.kv_heads)))
+        """Blocks of a key/value head, no more than it takes to give each as many units.
+
+        As many as run at once to read everything; for the few units of an index one on each multiprocessor, where
+        starting and combining take longer than reading.
+        """
+        blocks = self.cores * (self.blocks_per_core if self.entries is None else 1)
+        most = max(1, min(self.units, blocks // (self.batch * self.kv_heads)))
         return -(-self.units // -(-self.units // most))
 
     @property
@@ -224,17 +229,18 @@ def _share(g, r, block):
     positions = [jnp.clip(r.position[batch, token], -1, g.slots - 1) for token in range(g.tokens)]
     latest = functools.reduce(jnp.maximum, positions)
     oldest = jnp.maximum(functools.reduce(jnp.minimum, positions) - (g.window or g.slots) + 1, 0)
-    first, count = I32(0), None
     if g.entries is None:
-        first, end = lax.div(oldest, I32(UNIT)), lax.div(latest + UNIT, I32(UNIT))
-    else:
+        first, end, count = lax.div(oldest, I32(UNIT)), lax.div(latest + UNIT, I32(UNIT)), None
+        units = jnp.maximum(end - first, 0)
+        splits = jnp.clip(units, 1, g.splits)  # those with anything to read
+        start, stop = (first + lax.div(jnp.minimum(split + i, splits) * units, splits) for i in (0, 1))
+    else:  # where a split begins does not depend on the count, so that both are loaded at once
         count = jnp.clip(r.counts[batch, kv_head], 0, g.entries)
-        end = lax.div(count * g.page_size + UNIT - 1, I32(UNIT))
-    units = jnp.maximum(end - first, 0)
-    splits = jnp.clip(units, 1, g.splits)  # those with anything to read
-    bound = lambda split: first + lax.div(jnp.minimum(split, splits) * units, splits)  # noqa: E731
+        units, each = lax.div(count * g.page_size + UNIT - 1, I32(UNIT)), -(-g.units // g.splits)
+        splits = jnp.clip(lax.div(units + each - 1, I32(each)), 1, g.splits)
+        start, stop = split * each, jnp.minimum((split + 1) * each, units)
     return SimpleNamespace(
-        batch=batch, head=head, kv_head=kv_head, split=split, splits=splits, start=bound(split), stop=bound(split + 1),
+        batch=batch, head=head, kv_head=kv_head, split=split, splits=splits, start=start, stop=stop,
         positions=positions, oldest=oldest, latest=latest, count=count, layer=jnp.clip(r.layer[0], 0, g.layers - 1),
     )  # fmt: skip
 
@@ -244,16 +250,16 @@ def _load(g, r, at):
     plgpu.set_max_registers(40, action="decrease")
     num_pages = -(-g.slots // g.page_size)
 
-    def begins(unit):
+    def pages_of(unit):
         if g.entries is None:
-            return [unit * UNIT]
-        entries = [unit * g.copies + i for i in range(g.copies)]
-        last = jnp.maximum(at.count - 1, 0)
-        pages = [r.pages[at.batch, at.kv_head, jnp.minimum(entry, last)] for entry in entries]
-        return [jnp.clip(page, 0, num_pages - 1) * g.page_size for page in pages]
+            return []
+        entries = [jnp.minimum(unit * g.copies + i, g.entries - 1) for i in range(g.copies)]
+        return [jnp.clip(r.pages[at.batch, at.kv_head, entry], 0, num_pages - 1) for entry in entries]
 
-    def unit(unit, count):
-        slots = begins(unit)
+    def unit(unit, carry):
+        count, pages = carry
+        following = pages_of(unit + 1)  # asked for before they are needed
+        slots = [page * g.page_size for page in pages] or [unit * UNIT]
         for cache in (r.k, r.v):
             stage = lax.rem(count, I32(g.stages))
             plgpu.barrier_wait(r.free.at[stage])
@@ -262,9 +268,9 @@ def _load(g, r, at):
                 into = r.ring.at[stage, pl.ds(i * (UNIT // g.copies), UNIT // g.copies)]
                 plgpu.copy_gmem_to_smem(source, into, r.full.at[stage])
             count += 1
-        return count
+        return count, following
 
-    count = lax.fori_loop(at.start, at.stop, unit, I32(0))
+    count, _ = lax.fori_loop(at.start, at.stop, unit, (I32(0), pages_of(at.start)))
     for i in range(g.stages):  # a block may not end before its reader is done with the ring
         plgpu.barrier_wait(r.free.at[lax.rem(count + i, I32(g.stages))])
 

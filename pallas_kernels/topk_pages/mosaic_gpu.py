@@ -58,7 +58,7 @@ class Geometry:
     @property
     def threads(self) -> int:
         """Threads of a block: one a page, or few enough that barriers are quick and enough that a row is read fast."""
-        if self.num_pages <= 1024:
+        if self.num_pages <= 512 or (self.num_pages <= 1024 and self.k > 128):
             return -(-self.num_pages // 128) * 128
         return 512 if self.num_pages <= 2048 and self.k <= 128 else 1024
 
