@@ -70,6 +70,11 @@ class OwnCache:
     summary: ClassVar[None] = None
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is held."""
+        return tree_bytes(self)
+
+    @property
     def limit_B(self) -> jax.Array:
         """Tokens that each sequence may have at most, prompt and generated together ``[B]``."""
         raise NotImplementedError(f"expected {type(self).__name__} to define limit_B")
@@ -87,7 +92,7 @@ class OwnCache:
         raise NotImplementedError(f"expected {type(self).__name__} to define store")
 
     def attend(self, q_BTNH: jax.Array, positions_BT: jax.Array, select: Any) -> jax.Array:
-        """Attend from the new token of each sequence, which is stored; zeros or meaningless where there is none."""
+        """Attend from the new token of each sequence, which is stored; meaningless for sequences that are done."""
         raise NotImplementedError(f"expected {type(self).__name__} to define attend")
 
     def left_out(self, select: Any) -> jax.Array:
@@ -173,7 +178,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the caches of all layers, filled or not, with everything that is held beside keys and values."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.layers))
+        return tree_bytes(self.layers)
 
     @property
     def _first(self) -> LayerCache:
@@ -268,3 +273,8 @@ def stack_caches(layers: tuple[LayerCache, ...]) -> LayerCache:
 def list_caches(stacked: LayerCache) -> tuple[LayerCache, ...]:
     """Return the caches of single layers; the inverse of :func:`stack_caches`."""
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(stacked.k.shape[0]))
+
+
+def tree_bytes(tree: Any) -> int:
+    """Return the bytes of the arrays of a tree, or of arrays of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
