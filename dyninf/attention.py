@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dyninf.cache import LayerCache, write, write_prompt
+from dyninf.cache import LayerCache, OwnCache, write, write_prompt
 from dyninf.kv.base import KeepAll, PromptKV, ReadAll
 from dyninf.kv.pages import choose_pages, summarize_prompt, summarize_written
 from dyninf.kv.top_k import TopK
@@ -30,6 +30,9 @@ def attend_prompt(
     def for_layer(cache: LayerCache | None, active_BT: jax.Array) -> Attend:
         def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
             o_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, window=window)
+            if isinstance(cache, OwnCache):
+                _refuse_window(window)
+                return o_BTNH, cache.fill(k_BTKH, v_BTKH, lengths_B, select)
             if isinstance(evict, KeepAll):
                 filled = write_prompt(cache, k_BTKH, v_BTKH, active_BT)
                 return o_BTNH, summarize_prompt(filled, select, k_BTKH.shape[1], lengths_B)
@@ -65,6 +68,9 @@ def attend_cached(
 
         def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
             updated = store(cache, k_BTKH, v_BTKH, positions_BT, written_BT, evict, select)
+            if isinstance(updated, OwnCache):
+                _refuse_window(window)
+                return updated.attend(q_BTNH, positions_BT, select), updated
             if isinstance(evict, KeepAll):
                 index = choose_pages(updated, select, q_BTNH, positions_BT, window)
                 return decode_attention(
@@ -109,6 +115,8 @@ def store(
     select: TopK | ReadAll = READ_ALL,
 ) -> LayerCache:
     """Return the cache with the keys and values of new tokens, where ``written_BT`` says so."""
+    if isinstance(cache, OwnCache):
+        return cache.store(k_BTKH, v_BTKH, positions_BT, written_BT)
     if isinstance(evict, TopK):
         return evict.store(cache, k_BTKH, v_BTKH, positions_BT, written_BT)
     slots_BT = slots_of(cache, positions_BT, written_BT)
@@ -120,11 +128,11 @@ def store(
 
 
 def _refuse_window(window: int | None) -> None:
-    """Slots of a cache that evicts are in no order, so a window over positions would have to be looked up."""
+    """Slots of a cache that is not by position are in no order, so a window would have to be looked up."""
     if window is not None:
         raise NotImplementedError(
-            f"expected full attention in every layer for a plan that evicts, got a window of {window} tokens; such "
-            "layers keep no more than their window anyway"
+            "expected full attention in every layer for a plan that evicts or holds keys in a form of its own, got a "
+            f"window of {window} tokens; such layers keep no more than their window anyway"
         )
 
 

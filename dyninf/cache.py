@@ -1,4 +1,5 @@
 """The KV cache: one pair of arrays per layer, slot s of a sequence holding its position s unless the cache evicts.
+Layers may have caches of another kind (:class:`OwnCache`).
 
 Layout ``[B, S, K, H]``: measured on an H200, per-sequence writes by scatter cost nothing against aligned slices, and
 this order is the one cuDNN reads in place (1761 against 1663 tokens/s at batch 8, Llama-3-8B shape). Per-layer arrays
@@ -6,8 +7,9 @@ let XLA update them in place. Empty slots are zeros and are never read.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +18,20 @@ from dyninf.model import CausalLM, kv_shape
 from dyninf.pytree import pytree
 
 
-@pytree(static=("capacity", "dtype"))
+@pytree(static=("capacity", "dtype", "generated"))
 class CacheSpec:
     """How much cache to allocate.
 
     Args:
         capacity: slots per sequence (tokens, prompt and generated together).
         dtype: dtype of keys and values; ``None`` takes what the model writes.
+        generated: tokens that follow a prompt at most, for caches that hold prompts in another form; ``None`` for the
+            capacity less the prompts with their padding.
     """
 
     capacity: int
     dtype: Any = None
+    generated: int | None = None
 
 
 @pytree()
@@ -51,6 +56,50 @@ class LayerCache:
     summary: jax.Array | None = None
 
 
+class OwnCache:
+    """Base of the caches of layers that keep keys in a form of their own, and read them themselves.
+
+    ``v [B, S, K, H]`` has the values by position. ``select`` is the :class:`dyninf.kv.TopK` of the plan. Nothing of a
+    plain cache's book-keeping is had.
+    """
+
+    v: jax.Array
+    valid: ClassVar[None] = None
+    positions: ClassVar[None] = None
+    threshold: ClassVar[None] = None
+    summary: ClassVar[None] = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is held."""
+        return tree_bytes(self)
+
+    @property
+    def limit_B(self) -> jax.Array:
+        """Tokens that each sequence may have at most, prompt and generated together ``[B]``."""
+        raise NotImplementedError(f"expected {type(self).__name__} to define limit_B")
+
+    def fits(self, select: Any) -> bool:
+        """Return whether the cache was made for these settings."""
+        raise NotImplementedError(f"expected {type(self).__name__} to define fits")
+
+    def fill(self, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_B: jax.Array, select: Any) -> Self:
+        """Return the empty cache with prompts of ``lengths_B`` tokens; the rest of the T is padding."""
+        raise NotImplementedError(f"expected {type(self).__name__} to define fill")
+
+    def store(self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, written_BT: jax.Array) -> Self:
+        """Return the cache with new tokens, where ``written_BT`` says so."""
+        raise NotImplementedError(f"expected {type(self).__name__} to define store")
+
+    def attend(self, q_BTNH: jax.Array, positions_BT: jax.Array, select: Any) -> jax.Array:
+        """Attend from the new token of each sequence, which is stored; meaningless for sequences that are done."""
+        raise NotImplementedError(f"expected {type(self).__name__} to define attend")
+
+    def left_out(self, select: Any) -> jax.Array:
+        """Return the entries of each sequence that a step does not read ``[B]``, float32."""
+        raise NotImplementedError(f"expected {type(self).__name__} to define left_out")
+
+
 @pytree()
 class KVCache:
     """The caches of all layers and the number of tokens ``length [B]`` that they have taken.
@@ -59,7 +108,7 @@ class KVCache:
     layer axis ``[L, B, S, K, H]``.
     """
 
-    layers: tuple[LayerCache, ...] | LayerCache
+    layers: tuple[LayerCache | OwnCache, ...] | LayerCache
     length: jax.Array
 
     @property
@@ -72,7 +121,7 @@ class KVCache:
         """Slots per sequence of each layer."""
         if self.stacked:
             return (self.layers.k.shape[2],) * self.layers.k.shape[0]
-        return tuple(cache.k.shape[1] for cache in self.layers)
+        return tuple(cache.v.shape[1] for cache in self.layers)
 
     @property
     def capacity(self) -> int:
@@ -92,7 +141,7 @@ class KVCache:
     @property
     def head_dim(self) -> int:
         """Numbers of a key."""
-        return self._first.k.shape[-1]
+        return self._first.v.shape[-1]
 
     @property
     def summary_sizes(self) -> tuple[tuple[int, int] | None, ...]:
@@ -116,7 +165,20 @@ class KVCache:
     @property
     def full(self) -> jax.Array:
         """Sequences that cannot take another token ``[B]``."""
-        return jnp.zeros(self.length.shape, bool) if self.evicts else self.length >= self.capacity
+        if self.evicts:
+            return jnp.zeros(self.length.shape, bool)
+        limits = [cache.limit_B for cache in self.own]
+        return self.length >= functools.reduce(jnp.minimum, limits, jnp.full_like(self.length, self.capacity))
+
+    @property
+    def own(self) -> tuple[OwnCache, ...]:
+        """The layers' caches that are of another kind than :class:`LayerCache`."""
+        return () if self.stacked else tuple(cache for cache in self.layers if isinstance(cache, OwnCache))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the caches of all layers, filled or not, with everything that is held beside keys and values."""
+        return tree_bytes(self.layers)
 
     @property
     def _first(self) -> LayerCache:
@@ -133,6 +195,7 @@ def init_cache(
     merges: bool = False,
     slots: Sequence[int] | None = None,
     summaries: Sequence[tuple[int, int] | None] | None = None,
+    own: Sequence[OwnCache | None] | None = None,
 ) -> KVCache:
     """Return an empty cache for ``batch`` sequences.
 
@@ -142,6 +205,7 @@ def init_cache(
         merges: keep a threshold of similarity.
         slots: slots of each layer; ``None`` for the capacity everywhere.
         summaries: pages and numbers ``(P, X)`` of the summary of each layer, ``None`` for layers that have none.
+        own: empty caches of layers that have one of another kind, ``None`` for the others.
     """
     entry = kv_shape(model)
     dtype = entry.dtype if spec.dtype is None else spec.dtype
@@ -160,7 +224,9 @@ def init_cache(
 
     slots = (spec.capacity,) * len(model.layers) if slots is None else slots
     summaries = (None,) * len(model.layers) if summaries is None else summaries
-    return KVCache(layers=tuple(map(layer, slots, summaries)), length=jnp.zeros(batch, jnp.int32))
+    own = (None,) * len(model.layers) if own is None else own
+    layers = [layer(*sizes) if cache is None else cache for *sizes, cache in zip(slots, summaries, own, strict=True)]
+    return KVCache(layers=tuple(layers), length=jnp.zeros(batch, jnp.int32))
 
 
 def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array) -> LayerCache:
@@ -207,3 +273,8 @@ def stack_caches(layers: tuple[LayerCache, ...]) -> LayerCache:
 def list_caches(stacked: LayerCache) -> tuple[LayerCache, ...]:
     """Return the caches of single layers; the inverse of :func:`stack_caches`."""
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(stacked.k.shape[0]))
+
+
+def tree_bytes(tree: Any) -> int:
+    """Return the bytes of the arrays of a tree, or of arrays of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -6,7 +6,7 @@ import jax
 
 from dyninf.cache import KVCache
 from dyninf.catch_up import Pending
-from dyninf.kv.pages import summary_sizes
+from dyninf.kv.pages import made_for
 from dyninf.kv.top_k import TopK, layer_slots, merges
 from dyninf.plan import Plan, catches_up, leaves_gaps
 from dyninf.pytree import pytree
@@ -67,8 +67,7 @@ def check_state(state: DecodeState, plan: Plan, num_layers: int) -> None:
     same_cache &= state.cache.evicts == isinstance(plan.evict, TopK) and state.cache.merges == merges(plan.evict)
     slots = layer_slots(plan.evict, num_layers, state.cache.capacity)
     same_cache &= all(held <= budget for held, budget in zip(state.cache.slots, slots, strict=True))
-    sizes = summary_sizes(plan.select, num_layers, state.cache.capacity, state.cache.head_dim)
-    same_cache &= state.cache.summary_sizes == sizes
+    same_cache &= made_for(state.cache, plan.select)
     window = None if state.pending is None else state.pending.layer_BW.shape[1]
     same_window = window == (plan.window if catches_up(plan, num_layers) else None)
     if not (same_depth and same_cache and same_window):

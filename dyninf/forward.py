@@ -108,7 +108,7 @@ def _forward_by_steps(model, tokens_BT, plan, lengths_B, prompt_lengths_B) -> Fo
     # Nothing is evicted before a prompt has been attended to, and a prompt reads everything.
     kept = dataclasses.replace(plan, evict=KeepAll(), select=ReadAll())
     out = forward(model, tokens_BT, kept, lengths=prompt_lengths_B, prompt_lengths=prompt_lengths_B)
-    spec = CacheSpec(capacity=length)
+    spec = CacheSpec(capacity=length, generated=length)
     _, state = prefill(model, tokens_BT, prompt_lengths_B, plan, spec, jax.random.key(0))
     rows = jnp.arange(batch)
 

@@ -21,7 +21,7 @@ from dyninf.decode_state import DecodeState, Generation, check_state
 from dyninf.depth_loop import Driver, check_driver, default_driver, run_layers, run_static
 from dyninf.indexed import is_indexed
 from dyninf.kv.base import KeepAll, ReadAll
-from dyninf.kv.pages import mean_read, summary_sizes
+from dyninf.kv.pages import mean_left_out, mean_read, own_caches, summary_sizes
 from dyninf.kv.top_k import TopK, layer_slots, merges
 from dyninf.layer_run import LayerRun
 from dyninf.model import CausalLM, kv_shape, readout_of
@@ -64,6 +64,7 @@ def prefill(
     layout = {"track_valid": leaves_gaps(plan), "evicts": isinstance(plan.evict, TopK), "merges": merges(plan.evict)}
     layout["slots"] = layer_slots(plan.evict, num_layers, spec.capacity)
     layout["summaries"] = summary_sizes(plan.select, num_layers, spec.capacity, kv_shape(model).shape[-1])
+    layout["own"] = own_caches(plan.select, num_layers, kv_shape(model), batch, length, spec)
     cache = init_cache(model, batch, spec, **layout)
     run = LayerRun(
         positions_BT=positions_BT,
@@ -164,7 +165,7 @@ def advance_step(
     live_B = live_BT[:, 0]
     caches = stack_caches(out.caches) if stacked and driver != "indexed" else out.caches
     cache = advance(state.cache, caches, live_B.astype(jnp.int32))
-    kv_read = mean_read(plan.select, cache.summary_sizes, cache.live)
+    kv_read = mean_read(plan.select, cache.summary_sizes, cache.live) - mean_left_out(plan.select, cache)
     stats = StepStats(active=live_B, needed=out.needed_BT[:, 0], run=out.run, kv_live=cache.live, kv_read=kv_read)
     state = dataclasses.replace(state, cache=cache, depth=out.state, pending=out.pending)
     return state, logits_BV, out.x_BTD[:, 0], stats

@@ -129,6 +129,11 @@ def _check_cache(plan: Plan, num_layers: int) -> None:
                 "expected evict=KeepAll() for a plan that selects: slots of a cache that evicts are in no order, so "
                 "that its pages hold no neighbours"
             )
+        if plan.select.scorer.owns_cache and leaves_gaps(plan):
+            raise NotImplementedError(
+                f"expected fill='propagate' for a plan with {type(plan.select.scorer).__name__}, got 'mask': its cache "
+                "cannot hide keys of layers that did not run"
+            )
         if plan.fill == "catch_up" and not filled:
             raise NotImplementedError(
                 "expected fill='propagate' or 'mask' for a plan that selects, got 'catch_up', under which several "

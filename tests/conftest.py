@@ -23,6 +23,7 @@ import pytest
 
 from dyninf import CacheSpec, Greedy, decode_step, forward, prefill, pytree
 from dyninf.depth_loop import default_driver
+from dyninf.kv.low_rank import LowRankCache
 from dyninf.models import ModelConfig, Transformer
 from dyninf.sampling import Sampler
 
@@ -166,7 +167,27 @@ class Roll:
         """Put NaN into the keys and values of the marked entries."""
         layers = []
         for cache, entries_BS in zip(state.cache.layers, entries_LBS, strict=True):
-            bad = jnp.asarray(entries_BS)[:, : cache.k.shape[1], None, None]
-            k, v = jnp.where(bad, jnp.nan, cache.k), jnp.where(bad, jnp.nan, cache.v)
-            layers.append(dataclasses.replace(cache, k=k, v=v))
+            bad = jnp.asarray(entries_BS)[:, : cache.v.shape[1], None, None]
+            cache = dataclasses.replace(cache, v=jnp.where(bad, jnp.nan, cache.v))
+            if isinstance(cache, LowRankCache):
+                layers.append(self._poison_low_rank(cache, bad))
+                continue
+            layers.append(dataclasses.replace(cache, k=jnp.where(bad, jnp.nan, cache.k)))
         return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=tuple(layers)))
+
+    @staticmethod
+    def _poison_low_rank(cache, bad_BS11):
+        """Put NaN into the exact keys at these positions, and into pages and outliers that do not exist."""
+        (pages, size), outliers = cache.u.shape[1:3], cache.outliers.shape[2] * cache.u.shape[2]
+        later_BE = cache.start[:, None] + jnp.arange(cache.k.shape[1] - outliers)[None]
+        last = bad_BS11.shape[1] - 1
+        unused_BE = jnp.take_along_axis(bad_BS11[:, :, 0, 0], jnp.minimum(later_BE, last), axis=1) | (later_BE > last)
+        unused_BO = jnp.arange(outliers)[None] >= cache.start[:, None]
+        unused = jnp.concatenate([unused_BO, unused_BE], axis=1)[:, :, None, None]
+        beyond = (jnp.arange(pages)[None] >= cache.start[:, None] // size)[:, :, None, None]
+        return dataclasses.replace(
+            cache,
+            k=jnp.where(unused, jnp.nan, cache.k),
+            u=jnp.where(beyond, jnp.nan, cache.u),
+            landmarks=jnp.where(beyond, jnp.nan, cache.landmarks),
+        )

@@ -193,7 +193,7 @@ def _row(
         "layers_needed": quality.layers_needed,
         "layers_needed_share": quality.layers_needed / num_layers,
         "layers_run": means["layers_run"],
-        "kv_live_bytes": means["kv_live"] * num_layers * token,
+        "kv_live_bytes": means["kv_live"] * (num_layers - means["own_layers"]) * token + means["own_bytes"],
         "kv_read_bytes": means["kv_read"] * means["layers_run"] * token,
         "seconds_per_token": timing.median,
         "seconds_per_token_p10": timing.p10,
@@ -232,6 +232,6 @@ def _print(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     console.print(
         "accuracy: next token right; of dense: relative to the dense model; agrees: same choice as dense; needed, of "
         f"{about['num_layers']}: mean layers a token needed; run: layers run while timed; KV held, read: keys and "
-        "values in the cache and those that a step reads, without the summaries that it chooses by; speed-up: against "
-        "dense."
+        "values in the cache and those that a step reads, without the summaries that it chooses by, though for caches "
+        "of low-rank factors all that they hold; speed-up: against dense."
     )

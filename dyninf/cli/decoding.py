@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import dyninf
+from dyninf.cache import LayerCache, OwnCache
 from dyninf.catch_up import no_pending
 from dyninf.depth_loop import Driver
+from dyninf.kv import ReadAll, TopK
 from dyninf.model import CausalLM, kv_shape, vocab_size
 from dyninf.timing import Timing, measure
 
@@ -45,7 +47,11 @@ def decode_steps(
 def time_excerpt(
     model: CausalLM, plan: dyninf.Plan, excerpt: Excerpt, *, warmup: int, repeats: int
 ) -> tuple[Timing, dict[str, float]]:
-    """Decode one excerpt at batch 1; return seconds per token and the summary of ``dyninf.summarize``."""
+    """Decode one excerpt at batch 1; return seconds per token and the summary of ``dyninf.summarize``.
+
+    The summary has two numbers more: how many layers hold keys in another form (``own_layers``), and all bytes that
+    their caches take (``own_bytes``).
+    """
     count = len(excerpt.following)
     spec = dyninf.CacheSpec(capacity=len(excerpt.prompt) + count + 1)
     tokens = jnp.asarray(excerpt.prompt[None], jnp.int32)
@@ -62,7 +68,9 @@ def time_excerpt(
         return _prefill(model, tokens, lengths, plan, spec, jax.random.key(0))
 
     timing = measure(run, warmup=warmup, repeats=repeats, setup=setup)
-    return timing.per(count), dyninf.summarize(spent[-1])
+    own = jax.eval_shape(setup).cache.own
+    held = {"own_layers": len(own), "own_bytes": sum(cache.nbytes for cache in own)}
+    return timing.per(count), dyninf.summarize(spent[-1]) | held
 
 
 @functools.partial(jax.jit, static_argnames=("spec",))
@@ -75,9 +83,34 @@ def random_state(
 ) -> dyninf.DecodeState:
     """Return a state as a prefill of ``length`` tokens would leave it, with random keys, values and tokens."""
     spec = dyninf.CacheSpec(capacity=capacity)
-    tokens, lengths = jnp.zeros((batch, 1), jnp.int32), jnp.ones(batch, jnp.int32)
+    tokens, lengths = jnp.zeros((batch, length), jnp.int32), jnp.full(batch, length)
     like = jax.eval_shape(lambda m, p: dyninf.prefill(m, tokens, lengths, p, spec, key)[1], model, plan)
-    leaves, structure = jax.tree.flatten(like.cache.layers)
+    if like.cache.stacked:
+        layers = _random_cache(like.cache.layers, length, key)
+    else:
+        keys = jax.random.split(key, len(like.cache.layers))
+        layers = tuple(
+            _read(cache, lengths, length, plan.select, layer_key)
+            if isinstance(cache, OwnCache)
+            else _random_cache(cache, length, layer_key)
+            for cache, layer_key in zip(like.cache.layers, keys, strict=True)
+        )
+    return dyninf.DecodeState(
+        token=jax.random.randint(key, (batch,), 0, vocab_size(model)),
+        cache=dyninf.KVCache(layers=layers, length=jnp.full(batch, length, jnp.int32)),
+        depth=plan.depth.init((batch, 1)),
+        key=jax.random.split(key, batch),
+        done=jnp.zeros(batch, bool),
+        step=jnp.int32(1),
+        stop=jnp.zeros(like.stop.shape, jnp.int32),
+        recent=jnp.zeros(like.recent.shape, jnp.int32),
+        pending=None if like.pending is None else no_pending(like.pending.x_BWD, plan.window, len(model.layers)),
+    )
+
+
+def _random_cache(like: LayerCache, length: int, key: jax.Array) -> LayerCache:
+    """Return a cache, or the stacked caches of all layers, with random numbers in all slots."""
+    leaves, structure = jax.tree.flatten(like)
     filled = []
     for leaf, leaf_key in zip(leaves, jax.random.split(key, len(leaves)), strict=True):
         if jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -89,17 +122,15 @@ def random_state(
         else:  # positions of the tokens in the slots [B, S, K]
             positions = jnp.where(slots < length, slots + max(0, length - len(slots)), -1)
             filled.append(jnp.broadcast_to(positions[:, None], leaf.shape).astype(leaf.dtype))
-    return dyninf.DecodeState(
-        token=jax.random.randint(key, (batch,), 0, vocab_size(model)),
-        cache=dyninf.KVCache(layers=jax.tree.unflatten(structure, filled), length=jnp.full(batch, length, jnp.int32)),
-        depth=plan.depth.init((batch, 1)),
-        key=jax.random.split(key, batch),
-        done=jnp.zeros(batch, bool),
-        step=jnp.int32(1),
-        stop=jnp.zeros(like.stop.shape, jnp.int32),
-        recent=jnp.zeros(like.recent.shape, jnp.int32),
-        pending=None if like.pending is None else no_pending(like.pending.x_BWD, plan.window, len(model.layers)),
-    )
+    return jax.tree.unflatten(structure, filled)
+
+
+def _read(like: OwnCache, lengths: jax.Array, length: int, select: TopK | ReadAll, key: jax.Array) -> OwnCache:
+    """Return a cache that has read random keys and values."""
+    batch, _, *entry = like.v.shape
+    k_BTKH, v_BTKH = (jax.random.normal(half, (batch, length, *entry), like.v.dtype) for half in jax.random.split(key))
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    return jax.jit(type(like).fill)(empty, k_BTKH, v_BTKH, lengths, select)
 
 
 def bytes_per_step(model: CausalLM, means: dict[str, float], batch: int) -> float:

@@ -17,6 +17,7 @@ from dyninf.kv.page_mean import PageMean as PageMean
 from dyninf.kv.pyramid_kv import pyramid_budgets as pyramid_budgets
 from dyninf.kv.quest import Quest as Quest
 from dyninf.kv.recency import Recency as Recency
+from dyninf.kv.shadow_kv import ShadowKV as ShadowKV
 from dyninf.kv.snap_kv import SnapKV as SnapKV
 from dyninf.kv.token_select import TokenSelect as TokenSelect
 from dyninf.kv.top_k import TopK as TopK

@@ -8,10 +8,11 @@ affair. A method that selects is one :class:`PageScorer`: a score for every page
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 
+from dyninf.cache import CacheSpec, OwnCache
 from dyninf.pytree import pytree
 
 
@@ -96,10 +97,12 @@ class PageScorer:
     Attributes:
         page_size: slots of a page (at least 1), static.
         kind: what summaries hold, see :func:`pallas_kernels.summarize_pages`.
+        owns_cache: whether the layers that select have caches of the scorer's own, made by :meth:`own_cache`.
     """
 
     page_size: int
     kind: ClassVar[Literal["mean", "bounds"]]
+    owns_cache: ClassVar[bool] = False
 
     def score(self, q_BTNH: jax.Array, summary_BPKX: jax.Array, num_pages_B: jax.Array) -> jax.Array:
         """Return the score of every page and key/value head ``[B, K, P]``, float32; those of unused pages are ignored.
@@ -109,6 +112,15 @@ class PageScorer:
             num_pages_B: pages in use, the last one perhaps in part.
         """
         raise NotImplementedError(f"expected {type(self).__name__} to define score")
+
+    def own_cache(self, select: Any, entry: jax.ShapeDtypeStruct, batch: int, length: int, spec: CacheSpec) -> OwnCache:
+        """Return the empty cache of a layer for prompts of at most ``length`` tokens, of a scorer that owns caches.
+
+        Args:
+            select: the :class:`dyninf.kv.TopK` that holds the scorer.
+            entry: keys of one token ``[1, 1, K, H]`` and their dtype.
+        """
+        raise NotImplementedError(f"expected {type(self).__name__} to define own_cache")
 
     def validate(self) -> None:
         """Raise ValueError if a parameter is out of its range."""

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dyninf.kv.base import KVScorer, PromptKV
+from dyninf.kv.rotary import angles, frequencies, turn
 from dyninf.kv.snap_kv import GENERATED
 from dyninf.pytree import pytree
 
@@ -39,11 +40,11 @@ class ExpectedAttention(KVScorer):
         slot_T = jnp.arange(length)
         real_BT = (slot_T[None] >= self.sinks) & (slot_T[None] < obs.lengths_B[:, None])
         mean_BNH, cov_BNHH = self._statistics(obs.q_BTNH, real_BT)
-        turn_BFH = self._turns(obs.lengths_B[:, None] + jnp.arange(self.future)[None], dim)
-        cos_BH, sin_BH = jnp.mean(jnp.cos(turn_BFH), axis=1), jnp.mean(jnp.sin(turn_BFH), axis=1)
-        mean_BNH = _turn(mean_BNH, cos_BH[:, None], sin_BH[:, None])
+        angle_BFH = angles(obs.lengths_B[:, None] + jnp.arange(self.future)[None], frequencies(dim, self.theta))
+        cos_BH, sin_BH = jnp.mean(jnp.cos(angle_BFH), axis=1), jnp.mean(jnp.sin(angle_BFH), axis=1)
+        mean_BNH = turn(mean_BNH, cos_BH[:, None], sin_BH[:, None])
         for _ in range(2):
-            cov_BNHH = jnp.swapaxes(_turn(cov_BNHH, cos_BH[:, None, None], sin_BH[:, None, None]), 2, 3)
+            cov_BNHH = jnp.swapaxes(turn(cov_BNHH, cos_BH[:, None, None], sin_BH[:, None, None]), 2, 3)
         keys = obs.k_BTKH.astype(jnp.float32)
         mean_BKGH = mean_BNH.reshape(batch, num_kv, -1, dim)
         cov_BKGHH = cov_BNHH.reshape(batch, num_kv, -1, dim, dim)
@@ -67,22 +68,11 @@ class ExpectedAttention(KVScorer):
 
     def _statistics(self, q_BTNH: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return mean and covariance of the queries before their rotation, over the tokens that count."""
-        turn_TH = self._turns(jnp.arange(q_BTNH.shape[1]), q_BTNH.shape[3])
-        cos_TH, sin_TH = jnp.cos(turn_TH)[None, :, None], jnp.sin(turn_TH)[None, :, None]
+        angle_TH = angles(jnp.arange(q_BTNH.shape[1]), frequencies(q_BTNH.shape[3], self.theta))
+        cos_TH, sin_TH = jnp.cos(angle_TH)[None, :, None], jnp.sin(angle_TH)[None, :, None]
         real_BTNH = real_BT[:, :, None, None]
-        flat_BTNH = jnp.where(real_BTNH, _turn(q_BTNH.astype(jnp.float32), cos_TH, -sin_TH), 0.0)
+        flat_BTNH = jnp.where(real_BTNH, turn(q_BTNH.astype(jnp.float32), cos_TH, -sin_TH), 0.0)
         count_B = jnp.maximum(jnp.sum(real_BT, axis=1), 1)
         mean_BNH = jnp.sum(flat_BTNH, axis=1) / count_B[:, None, None]
         rest_BTNH = jnp.where(real_BTNH, flat_BTNH - mean_BNH[:, None], 0.0)
         return mean_BNH, jnp.einsum("btni,btnj->bnij", rest_BTNH, rest_BTNH) / count_B[:, None, None, None]
-
-    def _turns(self, positions: jax.Array, dim: int) -> jax.Array:
-        """Return the angles of the rotations at these positions ``[..., H / 2]``, float32."""
-        rates_H = 1.0 / self.theta ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-        return positions[..., None].astype(jnp.float32) * rates_H.reshape((1,) * positions.ndim + (-1,))
-
-
-def _turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Return ``x`` with its halves rotated by the angles of these cosines and sines, or by a mean of rotations."""
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

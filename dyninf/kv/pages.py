@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from dyninf.cache import LayerCache
+from dyninf.cache import CacheSpec, KVCache, LayerCache, OwnCache
 from dyninf.kv.base import ReadAll
 from dyninf.kv.top_k import TopK
 from pallas_kernels import KVIndex, summarize_page, summarize_pages, topk_pages
@@ -25,13 +25,45 @@ TILE = 8  # kernels take pages by so many
 def summary_sizes(
     select: TopK | ReadAll, num_layers: int, capacity: int, head_dim: int
 ) -> tuple[tuple[int, int] | None, ...]:
-    """Return the pages and numbers ``(P, X)`` of each layer's summary, ``None`` for layers that read everything."""
-    if isinstance(select, ReadAll) or select.budget >= capacity:
+    """Return the pages and numbers ``(P, X)`` of each layer's summary, ``None`` for layers that have none."""
+    if isinstance(select, ReadAll) or select.scorer.owns_cache or select.budget >= capacity:
         return (None,) * num_layers
     pages = -(-capacity // (select.scorer.page_size * TILE)) * TILE
     size = (pages, head_dim if select.scorer.kind == "mean" else 2 * head_dim)
     dense = min(select.dense_layers, num_layers)
     return (None,) * dense + (size,) * (num_layers - dense)
+
+
+def own_layers(select: TopK | ReadAll, num_layers: int, capacity: int) -> tuple[bool, ...]:
+    """Return which layers have a cache of the scorer's own."""
+    if isinstance(select, ReadAll) or not select.scorer.owns_cache or select.budget >= capacity:
+        return (False,) * num_layers
+    return tuple(layer >= select.dense_layers for layer in range(num_layers))
+
+
+def own_caches(
+    select: TopK | ReadAll, num_layers: int, entry: jax.ShapeDtypeStruct, batch: int, length: int, spec: CacheSpec
+) -> list[OwnCache | None]:
+    """Return the empty caches of layers that have one of the scorer's own, ``None`` for the others.
+
+    Args:
+        entry: keys of one token ``[1, 1, K, H]`` and their dtype.
+        length: tokens of the prompts, padding included.
+    """
+    owning = own_layers(select, num_layers, spec.capacity)
+    return [select.scorer.own_cache(select, entry, batch, length, spec) if owns else None for owns in owning]
+
+
+def made_for(cache: KVCache, select: TopK | ReadAll) -> bool:
+    """Return whether the caches of all layers hold what these settings need."""
+    num_layers, capacity = len(cache.slots), cache.capacity
+    if cache.summary_sizes != summary_sizes(select, num_layers, capacity, cache.head_dim):
+        return False
+    owning = own_layers(select, num_layers, capacity)
+    if cache.stacked:
+        return not any(owning)
+    own = tuple(isinstance(layer, OwnCache) for layer in cache.layers)
+    return own == owning and all(layer.fits(select) for layer in cache.own)
 
 
 def summarize_prompt(cache: LayerCache, select: TopK | ReadAll, length: int, lengths_B: jax.Array) -> LayerCache:
@@ -118,3 +150,8 @@ def mean_read(select: TopK | ReadAll, sizes: Sequence[tuple[int, int] | None], l
     page_size = select.scorer.page_size
     left_out_B = jnp.maximum(jnp.ceil(live_B / page_size) * page_size - select.budget, 0)
     return live_B - left_out_B * (selecting / len(sizes))
+
+
+def mean_left_out(select: TopK | ReadAll, cache: KVCache) -> jax.Array:
+    """Return the entries that caches of the scorer's own do not read, a mean over all layers ``[B]``, float32."""
+    return sum((own.left_out(select) for own in cache.own), jnp.zeros(cache.length.shape)) / len(cache.slots)

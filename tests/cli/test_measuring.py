@@ -14,7 +14,7 @@ from dyninf.cli.compare import excerpts
 from dyninf.cli.decoding import Excerpt, bytes_per_step, random_state, time_excerpt
 from dyninf.cli.heldout import Windows, cut_windows
 from dyninf.configs.plans import plans
-from dyninf.kv import Quest, TopK
+from dyninf.kv import Quest, ShadowKV, TopK
 from dyninf.training.corpus import Document
 
 TEXT = "def name(self):\n    return self.größe\n" * 6
@@ -111,7 +111,13 @@ def test_decoding_for_the_time_follows_the_text(loaded, windows):
     assert len(timing.samples) == 2
     whole = jax.jit(dyninf.forward)(loaded[0], windows.inputs[:1, :25], plan, prompt_lengths=np.asarray([9]))
     assert means["layers_needed"] == pytest.approx(np.mean(whole.needed[0, 9:]))
-    assert means["tokens"] == 16
+    assert means["tokens"] == 16 and means["own_layers"] == means["own_bytes"] == 0
+    select = TopK(scorer=ShadowKV(page_size=2, outliers=1, rank=3), budget=4, sinks=0, dense_layers=3)
+    _, means = time_excerpt(loaded[0], dyninf.Plan(select=select), text, warmup=0, repeats=1)
+    # Two heads of 6, float32: 26 values, keys of 2 outliers and 18 tokens, 4 landmarks and 3 rows; 8 tokens of factors;
+    # 4 pages that may be chosen, an outlier and a start.
+    held = 4 * (12 * (26 + 20 + 4 + 3) + 8 * 3) + 2 * 4 + 2 * 4 + 4
+    assert (means["own_layers"], means["own_bytes"]) == (1, held)
 
 
 def test_excerpts_have_one_size_and_come_from_the_text():
@@ -123,10 +129,14 @@ def test_excerpts_have_one_size_and_come_from_the_text():
         excerpts(Windows(inputs=inputs, targets=inputs, lengths=np.asarray([1, 1, 1]), num_bytes=inputs))
 
 
-@pytest.mark.parametrize("name", ["exit_half", "exit_confidence_masked", "exit_patience", "evict_d2o", "selects"])
+@pytest.mark.parametrize(
+    "name", ["exit_half", "exit_confidence_masked", "exit_patience", "evict_d2o", "selects", "factors"]
+)
 def test_a_random_state_is_one_that_a_prefill_could_leave(name, loaded):
     selects = dyninf.Plan(select=TopK(scorer=Quest(page_size=4), budget=8, dense_layers=1))
-    model, plan, spec = loaded[0], {**plans(4), "selects": selects}[name], dyninf.CacheSpec(capacity=11)
+    factors = dyninf.Plan(select=TopK(scorer=ShadowKV(page_size=2, outliers=1), budget=2, sinks=0, dense_layers=1))
+    named, spec = {**plans(4), "selects": selects, "factors": factors}, dyninf.CacheSpec(capacity=11)
+    model, plan = loaded[0], named[name]
     made = random_state(model, plan, batch=3, length=5, capacity=11, key=jax.random.key(0))
     tokens = jnp.ones((3, 5), jnp.int32)
     _, real = jax.eval_shape(
@@ -135,7 +145,7 @@ def test_a_random_state_is_one_that_a_prefill_could_leave(name, loaded):
     assert jax.tree.structure(made) == jax.tree.structure(real)
     for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(real), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    assert made.cache.length.tolist() == [5, 5, 5] and float(np.abs(made.cache.layers[3].k).min()) > 0
+    assert made.cache.length.tolist() == [5, 5, 5] and np.abs(made.cache.layers[3].k[:, :2]).min() > 0
 
 
 def test_bytes_of_a_step_by_hand(loaded):
