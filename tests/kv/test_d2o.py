@@ -14,8 +14,8 @@ from dyninf import Plan, check
 from dyninf.cache import LayerCache
 from dyninf.kv import D2O, H2O, PromptKV, Recency, TopK, variance_budgets
 from dyninf.kv.d2o import head_spread, shares_of
-from dyninf.kv.merging import CHUNK
 from dyninf.pytree import pytree
+from pallas_kernels.merge_tokens.reference import CHUNK
 
 N, HEADS, DIM = 24, 3, 8
 
