@@ -1,9 +1,10 @@
 """Scores of hashes as one Mosaic GPU kernel for Hopper that reads the codes of the slots in use once and in place.
 
-The slots of every key/value head are split among blocks of one warpgroup. A thread takes neighbouring slots: it loads a
-vector of each word, counts the bits that differ from the head's queries, which it keeps in registers, and writes a
-vector of scores; nothing goes through shared memory. Many blocks share a multiprocessor, so that some load while others
-count. The last tile is moved back to end with the slots; what it shares with the one before is written twice alike.
+The slots of every key/value head are split among blocks of one warpgroup, of which neighbouring threads take
+neighbouring slots: a thread loads each word of a few slots, counts the bits that differ from the head's queries, which
+it keeps in registers, and writes their scores; nothing goes through shared memory. Many blocks share a multiprocessor,
+so that some load while others count. The last tile is moved back to end with the slots; what it shares with the one
+before is written twice alike.
 """
 
 import functools
@@ -20,7 +21,6 @@ from jax.extend.mlir.dialects import math as mlir_math
 from pallas_kernels.dispatch import refuse_unless_hopper
 
 LANES = 128  # threads of a block
-VECTOR = 4  # words of a load
 BLOCKS_PER_CORE = 8
 MOST_QUERY_WORDS = 64  # of a head, in registers
 F32, I32 = jnp.float32, jnp.int32
@@ -41,14 +41,9 @@ class Geometry:
 
     @property
     def tile(self) -> int:
-        """Slots of a tile: enough for 32 bytes of loads in flight in every thread, where there are as many."""
-        most = LANES * VECTOR * (2 if self.words == 1 else 1)
-        return next((size for size in (most, LANES * VECTOR) if size <= self.slots), LANES)
-
-    @property
-    def vector(self) -> int:
-        """Words of a load."""
-        return min(VECTOR, self.tile // LANES)
+        """Slots of a tile: so many that a thread has 8 loads in flight at least, or as many as there are slots."""
+        most = LANES * (8 if self.words == 1 else 4)
+        return next(size for size in (most, most // 2, most // 4, LANES) if size <= max(self.slots, LANES))
 
     @property
     def tiles(self) -> int:
@@ -61,7 +56,7 @@ class Geometry:
 
     @property
     def layout(self):
-        return plgpu.Layout.WG_STRIDED((self.tile,), vec_size=self.vector)
+        return plgpu.Layout.WG_STRIDED((self.tile,), vec_size=1)
 
 
 def refuse(*, platform: str, capability: str | None, words: int, group: int, num_slots: int, **_: Any) -> str | None:
@@ -70,8 +65,8 @@ def refuse(*, platform: str, capability: str | None, words: int, group: int, num
         return reason
     if words * group > MOST_QUERY_WORDS:
         return f"holds {MOST_QUERY_WORDS} words of a group's queries, got {group} queries of {words} words"
-    if num_slots < LANES or num_slots % VECTOR:
-        return f"needs a multiple of {VECTOR} slots, {LANES} at least, got {num_slots}"
+    if num_slots < LANES:
+        return f"needs {LANES} slots at least, got {num_slots}"
     return None
 
 
@@ -110,7 +105,7 @@ def _body(g: Geometry, layer_ref, live_ref, queries, codes, out):
 
     def tile(step, _):
         start = jnp.minimum((step * g.splits + split) * g.tile, g.slots - g.tile)
-        slots = pl.ds(pl.multiple_of(start, VECTOR), g.tile)
+        slots = pl.ds(start, g.tile)
 
         def score():
             held = [

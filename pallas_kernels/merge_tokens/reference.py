@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-CHUNK = 128  # evicted tokens whose similarities exist at once
+# Evicted tokens whose similarities exist at once: more of them are fewer steps, of less use the more heads there are.
+LEAST_CHUNK, MOST_CHUNK, CHUNK_BYTES = 128, 1024, 2**26
 
 
 def refuse(**facts: Any) -> str | None:
@@ -54,8 +55,9 @@ def merge_tokens(k, v, k_BTKH, v_BTKH, evicted_BKE, num_slots_B, threshold_B, la
     k_BKSH, v_BKSH = (jnp.moveaxis(part.astype(jnp.float32), 2, 1) for part in (k_BSKH, v_BSKH))
     unit_BKSH = _unit(k_BKSH)
     batch, num_kv, count = evicted_BKE.shape
-    padded_BKE = jnp.pad(evicted_BKE, ((0, 0), (0, 0), (0, -count % CHUNK)), constant_values=length)
-    at_CBKW = jnp.moveaxis(padded_BKE.reshape(batch, num_kv, -1, CHUNK), 2, 0)
+    chunk = min(MOST_CHUNK, max(LEAST_CHUNK, CHUNK_BYTES // (4 * batch * num_kv * slots)), count)
+    padded_BKE = jnp.pad(evicted_BKE, ((0, 0), (0, 0), (0, -count % chunk)), constant_values=length)
+    at_CBKW = jnp.moveaxis(padded_BKE.reshape(batch, num_kv, -1, chunk), 2, 0)
 
     def entries(part_BKTH: jax.Array, at_BKW: jax.Array) -> jax.Array:
         return jnp.take_along_axis(part_BKTH, jnp.minimum(at_BKW, length - 1)[..., None], axis=2)

@@ -101,9 +101,11 @@ def test_a_step_by_hand():
     np.testing.assert_allclose(threshold, [0.6035534], rtol=1e-6)
 
 
-@pytest.mark.parametrize("count", [1, 7, reference.CHUNK + 1])
-def test_a_prompt_merges_as_loops_merge_it(rng, count):
-    """Two sequences, of which one evicts fewer tokens and has slots that hold nothing; the first one goes unmerged."""
+@pytest.mark.parametrize("chunk_bytes", [0, 2**26], ids=["chunks", "whole"])
+@pytest.mark.parametrize("count", [1, 7, reference.LEAST_CHUNK + 1])
+def test_a_prompt_merges_as_loops_merge_it(rng, monkeypatch, count, chunk_bytes):
+    """Two sequences, of which one evicts fewer tokens and has slots that hold nothing."""
+    monkeypatch.setattr(reference, "CHUNK_BYTES", chunk_bytes)
     length, slots, heads, dim = count + 20, 11, 2, 8
     new = [rng.normal(size=(2, length, heads, dim)).astype(np.float32) for _ in "kv"]
     held = [rng.normal(size=(2, 2, slots, heads, dim)).astype(np.float32) for _ in "kv"]
