@@ -10,6 +10,7 @@ from pallas_kernels.dispatch import Implementation, capability, choose, kernel, 
 
 APPEND_TOKENS = (
     kernel("append_tokens", "mosaic_gpu", "append_tokens"),
+    kernel("append_tokens", "mosaic_tpu", "append_tokens"),
     Implementation(name="xla", refuse=reference.refuse, run=reference.append_tokens),
 )
 
@@ -63,8 +64,17 @@ def append_tokens(
     pages = -(-slots // page_size)
     if summary.shape[-3:-2] < (pages,) or summary.shape != (*k.shape[:-3], summary.shape[-3], num_kv, width):
         raise ValueError(f"expected summaries [B, P, K, X] with P of at least {pages} and X = {width}, {shapes}")
-    facts = {"platform": platform(), "capability": capability(), "dtype": k.dtype, "summary_dtype": summary.dtype}
-    facts |= {"head_dim": dim, "num_slots": slots, "page_size": page_size, "num_new": slots_BT.shape[1]}
+    facts = {
+        "platform": platform(),
+        "capability": capability(),
+        "dtype": k.dtype,
+        "summary_dtype": summary.dtype,
+        "head_dim": dim,
+        "num_kv": num_kv,
+        "num_slots": slots,
+        "page_size": page_size,
+        "num_new": slots_BT.shape[1],
+    }
     chosen = choose("append_tokens", APPEND_TOKENS, implementation, **facts)
     k_BTKH, v_BTKH = k_BTKH.astype(k.dtype), v_BTKH.astype(v.dtype)
     stacked = (k, v, summary) if layer is not None else (k[None], v[None], summary[None])
