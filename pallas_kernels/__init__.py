@@ -11,10 +11,13 @@ from pallas_kernels.attention import prefill_attention as prefill_attention
 from pallas_kernels.compact_cache import compact_cache as compact_cache
 from pallas_kernels.decoder_stack import DecoderWeights as DecoderWeights
 from pallas_kernels.decoder_stack import decode_layers as decode_layers
+from pallas_kernels.hamming_scores import hamming_scores as hamming_scores
 from pallas_kernels.index import KVIndex as KVIndex
 from pallas_kernels.layer_products import norm_gate_up as norm_gate_up
 from pallas_kernels.layer_products import norm_project as norm_project
 from pallas_kernels.layer_products import project_add as project_add
+from pallas_kernels.merge_tokens import merge_tokens as merge_tokens
+from pallas_kernels.merge_tokens import merge_victims as merge_victims
 from pallas_kernels.page_scores import page_scores as page_scores
 from pallas_kernels.page_scores import summarize_page as summarize_page
 from pallas_kernels.page_scores import summarize_pages as summarize_pages

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from dyninf.kv.base import KVScorer, PromptKV
 from dyninf.pytree import pytree
+from pallas_kernels import hamming_scores
 
 
 @pytree(static=("bits", "seed"))
@@ -39,8 +40,13 @@ class HashEvict(KVScorer):
 
     def rank(self, scores_BSK: jax.Array, k_BKH: jax.Array) -> jax.Array:
         """Return minus the number of bits in which the hashes differ from that of the new key."""
+        batch, slots, _ = scores_BSK.shape
         held_BSK, new_BK = (jnp.maximum(codes, 0.0).astype(jnp.int32) for codes in (scores_BSK, self._hash(k_BKH)))
-        return -jax.lax.population_count(held_BSK ^ new_BK[:, None]).astype(jnp.float32)
+        codes_B1KS = jnp.moveaxis(held_BSK, 1, 2)[:, None]
+        # Hashes lie among the scores, as numbers: XLA takes them from there in the fusion that seeks the lowest rank,
+        # a kernel would need them as words, which takes a pass over them of its own.
+        ranks_BKS = hamming_scores(codes_B1KS, new_BK[..., None], jnp.full(batch, slots), implementation="xla")
+        return jnp.moveaxis(ranks_BKS, 2, 1)
 
     def validate(self) -> None:
         """Raise ValueError if a parameter is out of its range."""

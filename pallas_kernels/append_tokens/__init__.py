@@ -10,6 +10,7 @@ from pallas_kernels.dispatch import Implementation, capability, choose, kernel, 
 
 APPEND_TOKENS = (
     kernel("append_tokens", "mosaic_gpu", "append_tokens"),
+    kernel("append_tokens", "mosaic_tpu", "append_tokens"),
     Implementation(name="xla", refuse=reference.refuse, run=reference.append_tokens),
 )
 
@@ -84,6 +85,7 @@ def facts(k: jax.Array, summary: jax.Array, slots_BT: jax.Array, page_size: int)
         "dtype": k.dtype,
         "summary_dtype": summary.dtype,
         "head_dim": k.shape[-1],
+        "num_kv": k.shape[-2],
         "num_slots": k.shape[-3],
         "page_size": page_size,
         "num_new": slots_BT.shape[1],

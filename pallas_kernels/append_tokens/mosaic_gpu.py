@@ -49,6 +49,7 @@ def refuse(
     num_slots: int,
     page_size: int,
     num_new: int,
+    **_: Any,
 ) -> str | None:
     """Return why the kernel cannot serve, or ``None``."""
     if reason := refuse_unless_hopper(platform, capability):

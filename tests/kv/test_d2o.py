@@ -14,8 +14,8 @@ from dyninf import Plan, check
 from dyninf.cache import LayerCache
 from dyninf.kv import D2O, H2O, PromptKV, Recency, TopK, variance_budgets
 from dyninf.kv.d2o import head_spread, shares_of
-from dyninf.kv.merging import CHUNK
 from dyninf.pytree import pytree
+from pallas_kernels.merge_tokens import reference
 
 N, HEADS, DIM = 24, 3, 8
 
@@ -106,13 +106,12 @@ class Newest(Recency):
     momentum: float = 0.5
 
 
-def test_a_prompt_is_merged_as_loops_merge_it(rng):
+def test_a_prompt_is_merged_as_loops_merge_it(rng, monkeypatch):
     """A ragged batch, longer than a chunk of evicted tokens, one prompt that fits."""
-    k, v = (
-        rng.normal(size=(3, CHUNK + 30, 2, 4)).astype(np.float32),
-        rng.normal(size=(3, CHUNK + 30, 2, 4)).astype(np.float32),
-    )
-    lengths, budget = np.array([CHUNK + 30, 20, 7]), 9
+    monkeypatch.setattr(reference, "CHUNK_BYTES", 0)
+    longest = reference.LEAST_CHUNK + 30
+    k, v = (rng.normal(size=(3, longest, 2, 4)).astype(np.float32) for _ in "kv")
+    lengths, budget = np.array([longest, 20, 7]), 9
     cache = compress(TopK(scorer=Newest(), budget=budget, sinks=0), k, k, v, lengths)
     assert np.isneginf(cache.threshold[2]) and (np.asarray(cache.k)[2, :7] == k[2, :7]).all()
     for row in range(2):

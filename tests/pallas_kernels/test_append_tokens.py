@@ -1,14 +1,17 @@
-"""Storing new tokens and the summaries of their pages, against loops in NumPy; its kernel interpreted and lowered."""
+"""Storing new tokens and the summaries of their pages, against loops in NumPy; its kernels interpreted and compiled."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import append_tokens
-from pallas_kernels.append_tokens import mosaic_gpu, reference
+from pallas_kernels import append_tokens, dispatch
+from pallas_kernels.append_tokens import APPEND_TOKENS, mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.attention import mosaic_tpu as attention
 
 L, B, K, H, S, PAGE = 2, 3, 2, 64, 48, 16
 needs_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the GPU kernel needs jax 0.11.2")
@@ -117,3 +120,92 @@ def test_bad_input_is_refused(rng, change, message):
     options = {"kind": "bounds", "page_size": PAGE, "layer": jnp.int32(0)} | change
     with pytest.raises(ValueError, match=message):
         append_tokens(*make(rng, SLOTS["one"], "bounds"), **options)
+
+
+@pytest.mark.parametrize("kind", ["mean", "bounds"])
+@pytest.mark.parametrize(("slots", "together"), [("crossing", 3), ("outside", 1), ("one", 1)])
+def test_the_tpu_kernel_interpreted(rng, slots, together, kind):
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    dtype = jnp.float32 if slots == "one" else jnp.bfloat16
+    arrays = make(rng, SLOTS[slots], kind, dtype, head_dim=128)
+    want = reference.append_tokens(*arrays, jnp.int32(1), kind=kind, page_size=PAGE)
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    about = {"kind": kind, "page_size": PAGE, "together": together, "interpret": params}
+    got = jax.block_until_ready(jax.jit(functools.partial(mosaic_tpu.append_tokens, **about))(*arrays, jnp.int32(1)))
+    assert not interpret_pallas_call.races.races_found
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=0.01)
+
+
+TPUS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+
+
+def compile_for(tpu, function, shapes, donated):
+    pytest.importorskip("libtpu", reason="needs libtpu to compile for a TPU: pip install dyninf[tpu]")
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=tpu).devices
+    sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(devices[:1], ("x",)), jax.sharding.PartitionSpec())
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
+    return jax.jit(function, out_shardings=sharding, donate_argnums=donated).lower(*arguments).compile()
+
+
+def shapes_of(layers, batch, slots, heads, dim, page, tokens, kind, dtype):
+    width = dim * (2 if kind == "bounds" else 1)
+    cache, new = ((layers, batch, slots, heads, dim), dtype), ((batch, tokens, heads, dim), dtype)
+    return [cache, cache, ((layers, batch, slots // page, heads, width), dtype), new, new, ((batch, tokens), jnp.int32)]
+
+
+@pytest.mark.parametrize("tpu", TPUS)
+def test_the_tpu_kernel_compiles_in_place(tpu):
+    for sizes in (
+        (4, 16, 4096, 8, 128, 16, 1, "bounds", jnp.bfloat16),
+        (4, 16, 4096, 2, 128, 64, 4, "mean", jnp.bfloat16),
+        (4, 6, 4096, 4, 256, 128, 8, "bounds", jnp.bfloat16),
+        (2, 4, 4096, 16, 128, 32, 2, "bounds", jnp.bfloat16),
+        (4, 8, 4096, 24, 128, 8, 1, "mean", jnp.float32),
+        (2, 32, 4096, 1, 128, 8, 1, "bounds", jnp.float32),
+    ):
+        run = functools.partial(mosaic_tpu.append_tokens, kind=sizes[-2], page_size=sizes[5])
+        used = compile_for(tpu, run, [*shapes_of(*sizes), ((), jnp.int32)], (0, 1, 2)).memory_analysis()
+        assert used.temp_size_in_bytes < 2**20 and used.alias_size_in_bytes > 0.999 * used.output_size_in_bytes
+
+
+def test_a_loop_that_appends_and_attends_copies_nothing():
+    def loop(k, v, summary, k_new, v_new, slots):
+        def body(layer, carry):
+            x, *cache = carry
+            cache = mosaic_tpu.append_tokens(*cache, x, v_new, slots, layer, kind="bounds", page_size=16)
+            return attention.decode_attention(x, *cache[:2], slots, layer=layer), *cache
+
+        return jax.lax.fori_loop(0, 4, body, (k_new, k, v, summary))
+
+    shapes = shapes_of(4, 16, 4096, 8, 128, 16, 1, "bounds", jnp.bfloat16)
+    assert compile_for("v6e:2x2", loop, shapes, (0, 1, 2)).memory_analysis().temp_size_in_bytes < 2**24
+
+
+FACTS = {"platform": "tpu", "capability": None, "dtype": jnp.bfloat16, "summary_dtype": jnp.bfloat16, "head_dim": 128}
+FACTS |= {"num_kv": 8, "num_slots": 4096, "page_size": 16, "num_new": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"num_kv": 1, "dtype": jnp.float32, "summary_dtype": jnp.float32}, None),
+        ({"platform": "cpu"}, "needs a TPU, got platform 'cpu'"),
+        ({"summary_dtype": jnp.float32}, "bfloat16 keys and float32 summaries"),
+        ({"head_dim": 64}, "multiple of 128, got 64"),
+        ({"num_kv": 1}, "2, 4, a multiple of 8, or 1 in float32; got 1"),
+        ({"num_kv": 6}, "2, 4, a multiple of 8, or 1 in float32; got 6"),
+        ({"num_slots": 4100}, "4100 slots in pages of 16"),
+        ({"page_size": 256}, "4096 slots in pages of 256"),
+        ({"num_new": 9}, "up to 8 tokens at a time, got 9"),
+        ({"page_size": 128, "num_kv": 128}, "two pages .* got 128 slots of 128 heads of 128"),
+    ],
+    ids=str,
+)
+def test_reasons_of_the_tpu_kernel_to_refuse(change, reason):
+    found = dict(dispatch.explain(APPEND_TOKENS, **FACTS | change))["mosaic_tpu"]
+    assert found is None if reason is None else re.search(reason, found), found

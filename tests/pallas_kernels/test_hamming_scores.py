@@ -1,0 +1,198 @@
+"""Scores of hashes against bits counted by NumPy; the kernels interpreted, compiled, lowered, and on a GPU."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import dispatch, hamming_scores
+from pallas_kernels.hamming_scores import HAMMING_SCORES, mosaic_gpu, mosaic_tpu
+
+TPUS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+needs_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the GPU kernel needs jax 0.11.2")
+
+
+def make(rng, words, heads, group, slots, dtype=np.uint32, layers=2):
+    """Stacked codes of five sequences, queries alike in some bits, and slots in use: all, one, none, half, too many."""
+    codes = rng.integers(0, 2**32, (layers, 5, words, heads, slots), np.uint32)
+    queries = rng.integers(0, 2**32, (5, heads * group, words), np.uint32)
+    codes[-1, :, :, :, 0] = queries.reshape(5, heads, group, words)[:, :, 0].swapaxes(1, 2)  # differ in no bit
+    live = np.array([slots, 1, 0, slots // 2 + 1, slots + 9], np.int32)
+    return *(jnp.asarray(array.view(dtype)) for array in (codes, queries)), jnp.asarray(live)
+
+
+def numpy_scores(codes, queries, live, reduce):
+    """One layer, by unpacked bits."""
+    codes, queries = (np.ascontiguousarray(np.moveaxis(array, axis, -1)) for array, axis in ((codes, 1), (queries, 2)))
+    codes, queries = (np.unpackbits(array.view(np.uint8), axis=-1) for array in (codes, queries))
+    batch, heads, slots, bits = codes.shape
+    differ = (codes[:, :, None] != queries.reshape(batch, heads, -1, 1, bits)).sum(-1).astype(np.float32)
+    scores = -(differ.min(2) if reduce == "max" else differ.sum(2))
+    return np.where(np.arange(slots) < np.asarray(live)[:, None, None], scores, -np.inf)
+
+
+def assert_scores(run, codes, queries, live, reduce):
+    got = np.asarray(jax.block_until_ready(run(codes, queries, live)))
+    want = numpy_scores(np.asarray(codes[-1]), np.asarray(queries), live, reduce)
+    assert (got.dtype == np.float32 and not np.signbit(got[0, :, 0]).any()) or reduce == "sum"
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("reduce", ["max", "sum"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 2, 3, 7), (8, 3, 1, 113), (2, 2, 4, 129)], ids=str)
+def test_scores_are_those_of_counted_bits(rng, sizes, reduce):
+    for dtype in (np.uint32, np.int32):
+        codes, queries, live = make(rng, *sizes, dtype)
+        stacked = jax.jit(functools.partial(hamming_scores, reduce=reduce, layer=jnp.int32(1)))
+        assert_scores(stacked, codes, queries, live, reduce)
+        assert_scores(lambda codes, *rest: hamming_scores(codes[1], *rest, reduce=reduce), codes, queries, live, reduce)
+    nearest = hamming_scores(codes, queries, live, reduce=reduce, layer=jnp.int32(7))
+    np.testing.assert_array_equal(nearest, stacked(codes, queries, live))
+
+
+def test_scores_by_hand():
+    # 0b1100 and 0b1010 differ in 2 bits, 0b1100 and 0b1111 in 2; 0b0111 and these in 3 and 1.
+    codes = jnp.array([[[[0b1100, 0b0111, 99]]]], jnp.int32)
+    queries = jnp.array([[[0b1010], [0b1111]]], jnp.int32)
+    run = functools.partial(hamming_scores, codes, queries, jnp.array([2]))
+    np.testing.assert_array_equal(run(), [[[-2, -1, -np.inf]]])
+    np.testing.assert_array_equal(run(reduce="sum"), [[[-4, -4, -np.inf]]])
+
+
+@pytest.mark.parametrize(("sizes", "cores"), [((3, 2, 3, 1100), 2), ((1, 3, 1, 7), 1), ((2, 9, 2, 512), 1)], ids=str)
+def test_the_tpu_kernel_interpreted(rng, sizes, cores):
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    params = pltpu.InterpretParams(num_cores_or_threads=cores, detect_races=True, uninitialized_memory="nan")
+    for reduce in ("max", "sum"):
+        run = jax.jit(functools.partial(mosaic_tpu.hamming_scores, reduce=reduce, tile=512, interpret=params))
+        assert_scores(lambda *arrays, run=run: run(*arrays, jnp.int32(1)), *make(rng, *sizes), reduce)
+        assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize("tpu", TPUS)
+def test_the_tpu_kernel_compiles_and_copies_no_codes(tpu):
+    pytest.importorskip("libtpu", reason="needs libtpu to compile for a TPU: pip install dyninf[tpu]")
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=tpu).devices
+    sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(devices[:1], ("x",)), jax.sharding.PartitionSpec())
+    for words, heads, group, slots, dtype in (
+        (4, 8, 4, 32768, jnp.uint32),
+        (8, 2, 8, 20001, jnp.int32),
+        (1, 8, 1, 65536, jnp.uint32),
+        (2, 1, 5, 131072, jnp.uint32),
+        (3, 32, 1, 10001, jnp.uint32),
+    ):
+        shapes = [((4, 16, words, heads, slots), dtype), ((16, heads * group, words), dtype)]
+        shapes += [((16,), jnp.int32), ((), jnp.int32)]
+        arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
+        run = jax.jit(functools.partial(mosaic_tpu.hamming_scores, reduce="max"), out_shardings=sharding)
+        used = run.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        assert used < 4 * np.prod(shapes[0][0]) / 10
+
+
+def hopper(cores):
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=cores)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize(
+    ("sizes", "races"),
+    [((3, 2, 3, 512), True), ((1, 1, 2, 1024), True), ((2, 1, 2, 131), False), ((1, 2, 1, 1537), False)],
+    ids=str,
+)
+def test_the_gpu_kernel_interpreted(rng, monkeypatch, sizes, races):
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    # Counting bits is an instruction that only a GPU has. Where the last tile is moved back, slots are written twice.
+    counted = lambda _, words: jax.lax.population_count(words).astype(jnp.int32)  # noqa: E731
+    monkeypatch.setattr(mosaic_gpu, "ones", counted)
+    with hopper(1), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=races)):
+        for reduce in ("max", "sum"):
+            run = jax.jit(functools.partial(mosaic_gpu.hamming_scores, reduce=reduce, cores=1))
+            assert_scores(lambda *arrays, run=run: run(*arrays, jnp.int32(1)), *make(rng, *sizes), reduce)
+    assert not races or not gpu_callbacks.get_races().races_found
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("sizes", [(4, 8, 4, 32768), (1, 3, 1, 128), (8, 1, 8, 1541), (3, 2, 5, 700)], ids=str)
+@pytest.mark.parametrize("dtype", [np.uint32, np.int32])
+def test_the_gpu_kernel_lowers_for_cuda(sizes, dtype):
+    words, heads, group, slots = sizes
+    shapes = [((2, 5, words, heads, slots), dtype), ((5, heads * group, words), dtype), ((5,), np.int32)]
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in [*shapes, ((), np.int32)]]
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    run = jax.jit(functools.partial(mosaic_gpu.hamming_scores, reduce="max", cores=132))
+    with hopper(132):
+        exported = jax.export.export(run, platforms=["cuda"], disabled_checks=unchecked)(*arguments)
+    text = exported.mlir_module()
+    assert text.count("@mosaic_gpu_v2") == 1 and "bitcast_convert" not in text and "transpose" not in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1, 128), (3, 2, 3, 1540), (8, 1, 8, 1027), (1, 8, 1, 4096), (4, 8, 4, 32767), (5, 3, 7, 513)],
+    ids=str,
+)
+@pytest.mark.parametrize("reduce", ["max", "sum"])
+def test_the_gpu_kernel_on_a_gpu(rng, sizes, reduce):
+    for dtype in (np.uint32, np.int32):
+        run = functools.partial(hamming_scores, layer=jnp.int32(1), reduce=reduce, implementation="mosaic_gpu")
+        assert_scores(jax.jit(run), *make(rng, *sizes, dtype), reduce)
+
+
+FACTS = {"platform": "gpu", "capability": "9.0", "words": 4, "group": 4, "num_kv": 8, "num_slots": 4096}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("mosaic_gpu", {}, None),
+        ("mosaic_gpu", {"platform": "cpu"}, "needs an NVIDIA GPU, got platform 'cpu'"),
+        ("mosaic_gpu", {"capability": "8.0"}, "Hopper GPU .* got 8.0"),
+        ("mosaic_gpu", {"group": 17}, "64 words of a group's queries, got 17 queries of 4 words"),
+        ("mosaic_gpu", {"num_slots": 127}, "needs 128 slots at least, got 127"),
+        ("mosaic_tpu", {"platform": "tpu"}, None),
+        ("mosaic_tpu", {}, "needs a TPU, got platform 'gpu'"),
+        ("mosaic_tpu", {"platform": "tpu", "group": 129}, "512 words .* got 129 queries of 4 words"),
+        ("mosaic_tpu", {"platform": "tpu", "num_kv": 129}, "128 key/value heads, got 129"),
+    ],
+    ids=str,
+)
+def test_a_kernel_says_why_it_cannot_serve(monkeypatch, name, change, reason):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    found = dict(dispatch.explain(HAMMING_SCORES, **FACTS | change))[name]
+    assert found is None if reason is None else re.search(reason, found), found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reduce": "vote"}, "'max' or 'sum', got 'vote'"),
+        ({"layer": None}, "scalar layer for codes"),
+        ({"layer": jnp.zeros(1, jnp.int32)}, "scalar layer for codes"),
+        ({"codes": jnp.zeros((2, 5, 3, 2, 9))}, "uint32 or all of int32"),
+        ({"queries_BNW": jnp.zeros((5, 4, 3), jnp.int32)}, "uint32 or all of int32"),
+        ({"queries_BNW": jnp.zeros((5, 12), jnp.uint32)}, r"queries \[B, N, W\]"),
+        ({"queries_BNW": jnp.zeros((5, 4, 2), jnp.uint32)}, "B=5 and W=3"),
+        ({"queries_BNW": jnp.zeros((5, 5, 3), jnp.uint32)}, "multiple of K=2"),
+        ({"codes": jnp.zeros((2, 5, 9, 2, 9), jnp.uint32)}, "1 to 8 words"),
+        ({"codes": jnp.zeros((2, 5, 3, 2, 0), jnp.uint32)}, "no axis of 0"),
+        ({"num_slots_B": jnp.zeros(4, jnp.int32)}, r"num_slots \[B\] = \(5,\)"),
+        ({"num_slots_B": jnp.zeros(5)}, "of whole numbers, got"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused(rng, change, message):
+    codes, queries, live = make(rng, 3, 2, 2, 9)
+    given = {"codes": codes, "queries_BNW": queries, "num_slots_B": live, "layer": jnp.int32(0)}
+    with pytest.raises(ValueError, match=message):
+        hamming_scores(**given | change)
