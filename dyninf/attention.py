@@ -16,7 +16,7 @@ from dyninf.kv.base import KeepAll, PromptKV, ReadAll
 from dyninf.kv.pages import choose_pages, summarize_prompt, summarize_written
 from dyninf.kv.top_k import TopK
 from dyninf.model import Attend
-from pallas_kernels import append_tokens, decode_attention, prefill_attention
+from pallas_kernels import append_and_score, append_tokens, decode_attention, prefill_attention
 
 KEEP_ALL, READ_ALL = KeepAll(), ReadAll()
 LayerAttend = Callable[[LayerCache | None, jax.Array], Attend]
@@ -67,16 +67,17 @@ def attend_cached(
         written_BT = live_BT if write_inactive else live_BT & active_BT
 
         def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
-            updated = store(cache, k_BTKH, v_BTKH, positions_BT, written_BT, evict, select)
-            if isinstance(updated, OwnCache):
-                _refuse_window(window)
-                return updated.attend(q_BTNH, positions_BT, select), updated
-            if isinstance(evict, KeepAll):
-                index = choose_pages(updated, select, q_BTNH, positions_BT, window)
+            stored = (cache, k_BTKH, v_BTKH, positions_BT, written_BT)
+            if not isinstance(cache, OwnCache) and isinstance(evict, KeepAll):
+                updated, scores_BKP = store_and_score(*stored, select, q_BTNH)
+                index = choose_pages(updated, select, q_BTNH, positions_BT, window, scores_BKP)
                 return decode_attention(
                     q_BTNH, updated.k, updated.v, positions_BT, index=index, window=window, valid_BS=updated.valid
                 ), updated
             _refuse_window(window)
+            updated = store(*stored, evict, select)
+            if isinstance(updated, OwnCache):
+                return updated.attend(q_BTNH, positions_BT, select), updated
             # Slots fill in order and the order of keys does not matter: a full cache is read to its last slot.
             last_BT = jnp.minimum(positions_BT, cache.k.shape[1] - 1)
             o_BTNH = decode_attention(q_BTNH, updated.k, updated.v, last_BT)
@@ -125,6 +126,25 @@ def store(
     about = {"kind": select.scorer.kind, "page_size": select.scorer.page_size}
     k, v, summary = append_tokens(cache.k, cache.v, cache.summary, k_BTKH, v_BTKH, slots_BT, **about)
     return dataclasses.replace(cache, k=k, v=v, summary=summary)
+
+
+def store_and_score(
+    cache: LayerCache,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    positions_BT: jax.Array,
+    written_BT: jax.Array,
+    select: TopK | ReadAll,
+    q_BTNH: jax.Array,
+) -> tuple[LayerCache, jax.Array | None]:
+    """Return the cache with the new token of each sequence, and the scores of its pages where one kernel makes both."""
+    if cache.summary is None or cache.valid is not None or select.scorer.reduce is None:
+        return store(cache, k_BTKH, v_BTKH, positions_BT, written_BT, select=select), None
+    scorer, slots_BT = select.scorer, slots_of(cache, positions_BT, written_BT)
+    arrays = (cache.k, cache.v, cache.summary, k_BTKH, v_BTKH, slots_BT, q_BTNH)
+    about = {"kind": scorer.kind, "page_size": scorer.page_size, "reduce": scorer.reduce}
+    k, v, summary, scores_BKP = append_and_score(*arrays, **about)
+    return dataclasses.replace(cache, k=k, v=v, summary=summary), scorer.combine(scores_BKP)
 
 
 def _refuse_window(window: int | None) -> None:

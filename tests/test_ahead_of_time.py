@@ -67,11 +67,11 @@ def test_a_decode_step_lowers_for_cuda(tiny_model, name):
 @pytest.mark.parametrize(
     ("plan", "names", "kernels"),
     [
-        # One for the layer that reads everything; storing, scores, choice and attention for each of the others.
+        # One for the layer that reads everything; storing with scores, choice and attention for each of the others.
         (
             Plan(select=kv.TopK(scorer=kv.Quest(page_size=16), budget=64, sinks=16, recent=16, dense_layers=1)),
             ("append_tokens", "attention", "page_scores", "topk_pages"),
-            1 + 2 * 4,
+            1 + 2 * 3,
         ),
         # The nearest keys and the merged entries of each layer.
         (Plan(evict=kv.TopK(scorer=kv.D2O(), budget=64, recent=8)), ("merge_tokens",), 3 * 2),

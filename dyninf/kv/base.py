@@ -14,6 +14,7 @@ import jax
 
 from dyninf.cache import CacheSpec, OwnCache
 from dyninf.pytree import pytree
+from pallas_kernels import page_scores
 
 
 @pytree()
@@ -97,11 +98,14 @@ class PageScorer:
     Attributes:
         page_size: slots of a page (at least 1), static.
         kind: what summaries hold, see :func:`pallas_kernels.summarize_pages`.
+        reduce: how :func:`pallas_kernels.page_scores` makes the scores, in the kernel that stores the new token;
+            ``None`` for a scorer that defines :meth:`score`.
         owns_cache: whether the layers that select have caches of the scorer's own, made by :meth:`own_cache`.
     """
 
     page_size: int
     kind: ClassVar[Literal["mean", "bounds"]]
+    reduce: ClassVar[Literal["max", "sum", "vote"] | None] = None
     owns_cache: ClassVar[bool] = False
 
     def score(self, q_BTNH: jax.Array, summary_BPKX: jax.Array, num_pages_B: jax.Array) -> jax.Array:
@@ -109,9 +113,15 @@ class PageScorer:
 
         Args:
             q_BTNH: queries, rotated.
-            num_pages_B: pages in use, the last one perhaps in part.
+            num_pages_B: pages before that of the newest token, which is read in any case.
         """
-        raise NotImplementedError(f"expected {type(self).__name__} to define score")
+        if self.reduce is None:
+            raise NotImplementedError(f"expected {type(self).__name__} to define score or reduce")
+        return self.combine(page_scores(q_BTNH, summary_BPKX, num_pages_B, reduce=self.reduce))
+
+    def combine(self, scores_BKP: jax.Array) -> jax.Array:
+        """Return the scores that decide from those of each key/value head: the same, unless the scorer says so."""
+        return scores_BKP
 
     def own_cache(self, select: Any, entry: jax.ShapeDtypeStruct, batch: int, length: int, spec: CacheSpec) -> OwnCache:
         """Return the empty cache of a layer for prompts of at most ``length`` tokens, of a scorer that owns caches.

@@ -11,11 +11,8 @@ group counts here.
 
 from typing import ClassVar
 
-import jax
-
 from dyninf.kv.base import PageScorer
 from dyninf.pytree import pytree
-from pallas_kernels import page_scores
 
 
 @pytree(static=("page_size",))
@@ -27,9 +24,6 @@ class PageMean(PageScorer):
     """
 
     kind: ClassVar[str] = "mean"
+    reduce: ClassVar[str] = "max"
 
     page_size: int = 8
-
-    def score(self, q_BTNH: jax.Array, summary_BPKX: jax.Array, num_pages_B: jax.Array) -> jax.Array:
-        """Return the dot products with the means."""
-        return page_scores(q_BTNH, summary_BPKX, num_pages_B, reduce="max")

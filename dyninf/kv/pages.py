@@ -104,13 +104,21 @@ def summarize_written(
 
 
 def choose_pages(
-    cache: LayerCache, select: TopK | ReadAll, q_BTNH: jax.Array, positions_BT: jax.Array, window: int | None = None
+    cache: LayerCache,
+    select: TopK | ReadAll,
+    q_BTNH: jax.Array,
+    positions_BT: jax.Array,
+    window: int | None = None,
+    scores_BKP: jax.Array | None = None,
 ) -> KVIndex | None:
     """Return the pages that a step reads in a layer, ``None`` for all.
+
+    The page of the new token is read whatever it is worth, and not scored.
 
     Args:
         q_BTNH: queries of the new token of each sequence, whose key the cache holds.
         window: of the layer; pages before it are worth nothing.
+        scores_BKP: the scores of the pages before that of the new token, if they are there already.
 
     Raises:
         ValueError: for more than one token of a sequence.
@@ -120,15 +128,16 @@ def choose_pages(
     if q_BTNH.shape[1] != 1:
         raise ValueError(f"expected one new token of each sequence for a plan that selects, got {q_BTNH.shape[1]}")
     size = select.scorer.page_size
-    num_pages_B = positions_BT[:, 0] // size + 1
-    scores_BKP = select.scorer.score(q_BTNH, cache.summary, num_pages_B)
+    whole_B = positions_BT[:, 0] // size
+    if scores_BKP is None:
+        scores_BKP = select.scorer.score(q_BTNH, cache.summary, whole_B)
     if window is not None:
         last_P = jnp.arange(cache.summary.shape[1]) * size + size - 1
         seen_BP = last_P[None] > positions_BT - window
         scores_BKP = jnp.where(seen_BP[:, None], scores_BKP, -jnp.inf)
     return topk_pages(
         scores_BKP,
-        num_pages_B,
+        whole_B + 1,
         k=select.budget // size,
         page_size=size,
         sinks=select.sink_pages,

@@ -13,11 +13,8 @@ page set for each query head; query heads that share a key/value head share one 
 
 from typing import ClassVar
 
-import jax
-
 from dyninf.kv.base import PageScorer
 from dyninf.pytree import pytree
-from pallas_kernels import page_scores
 
 
 @pytree(static=("page_size",))
@@ -29,9 +26,6 @@ class Quest(PageScorer):
     """
 
     kind: ClassVar[str] = "bounds"
+    reduce: ClassVar[str] = "max"
 
     page_size: int = 16
-
-    def score(self, q_BTNH: jax.Array, summary_BPKX: jax.Array, num_pages_B: jax.Array) -> jax.Array:
-        """Return the bounds."""
-        return page_scores(q_BTNH, summary_BPKX, num_pages_B, reduce="max")

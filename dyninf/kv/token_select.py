@@ -20,7 +20,6 @@ import jax.numpy as jnp
 
 from dyninf.kv.base import PageScorer
 from dyninf.pytree import pytree
-from pallas_kernels import page_scores
 
 
 @pytree(static=("page_size",))
@@ -32,10 +31,10 @@ class TokenSelect(PageScorer):
     """
 
     kind: ClassVar[str] = "mean"
+    reduce: ClassVar[str] = "vote"
 
     page_size: int = 8
 
-    def score(self, q_BTNH: jax.Array, summary_BPKX: jax.Array, num_pages_B: jax.Array) -> jax.Array:
-        """Return the votes, the same for every key/value head."""
-        votes_BKP = page_scores(q_BTNH, summary_BPKX, num_pages_B, reduce="vote")
-        return jnp.broadcast_to(jnp.sum(votes_BKP, axis=1, keepdims=True), votes_BKP.shape)
+    def combine(self, scores_BKP: jax.Array) -> jax.Array:
+        """Return the votes of all heads together, the same for every key/value head."""
+        return jnp.broadcast_to(jnp.sum(scores_BKP, axis=1, keepdims=True), scores_BKP.shape)
