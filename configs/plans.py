@@ -30,6 +30,7 @@ from dyninf.kv import (
     PageMean,
     Quest,
     Recency,
+    RetrievalAttention,
     SnapKV,
     TokenSelect,
     TopK,
@@ -133,4 +134,7 @@ def plans(num_layers: int) -> dict[str, Plan]:
         "select_page_mean": Plan(select=TopK(scorer=PageMean(), budget=512, sinks=1)),
         # The paper's shares of sinks and recent tokens, 1/20 and 1/5; pages of 8, the smallest that kernels read.
         "select_votes": Plan(select=TopK(scorer=TokenSelect(), budget=512, sinks=24, recent=96)),
+        # Means of 8 as above, over clusters of 32 tokens of a prompt of 2048; the paper's sinks and recent tokens, 128
+        # and 512 for 2000 retrieved keys, in proportion.
+        "select_retrieval": Plan(select=TopK(scorer=RetrievalAttention(), budget=512, sinks=24, recent=96)),
     }

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dyninf.cache import LayerCache, write, write_prompt
 from dyninf.kv.base import KeepAll, PromptKV, ReadAll
-from dyninf.kv.pages import choose_pages, summarize_prompt, summarize_written
+from dyninf.kv.pages import arrange_prompt, choose_pages, summarize_prompt, summarize_written
 from dyninf.kv.top_k import TopK
 from dyninf.model import Attend
 from pallas_kernels import append_tokens, decode_attention, prefill_attention
@@ -30,11 +30,14 @@ def attend_prompt(
     def for_layer(cache: LayerCache | None, active_BT: jax.Array) -> Attend:
         def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
             o_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, window=window)
+            obs = PromptKV(q_BTNH=q_BTNH, k_BTKH=k_BTKH, v_BTKH=v_BTKH, lengths_B=lengths_B)
             if isinstance(evict, KeepAll):
-                filled = write_prompt(cache, k_BTKH, v_BTKH, active_BT)
+                stored = arrange_prompt(cache, select, obs)
+                if stored is not obs:
+                    _refuse_window(window)
+                filled = write_prompt(cache, stored.k_BTKH, stored.v_BTKH, active_BT)
                 return o_BTNH, summarize_prompt(filled, select, k_BTKH.shape[1], lengths_B)
             _refuse_window(window)
-            obs = PromptKV(q_BTNH=q_BTNH, k_BTKH=k_BTKH, v_BTKH=v_BTKH, lengths_B=lengths_B)
             return o_BTNH, evict.compress(cache, obs, active_BT)
 
         return attend
@@ -120,11 +123,11 @@ def store(
 
 
 def _refuse_window(window: int | None) -> None:
-    """Slots of a cache that evicts are in no order, so a window over positions would have to be looked up."""
+    """Slots of a cache that evicts or arranges are in no order: a window over positions would have to be looked up."""
     if window is not None:
         raise NotImplementedError(
-            f"expected full attention in every layer for a plan that evicts, got a window of {window} tokens; such "
-            "layers keep no more than their window anyway"
+            f"expected full attention in every layer for a plan that evicts, or that arranges what it selects from, "
+            f"got a window of {window} tokens; such layers keep no more than their window anyway"
         )
 
 

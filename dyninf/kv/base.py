@@ -110,5 +110,13 @@ class PageScorer:
         """
         raise NotImplementedError(f"expected {type(self).__name__} to define score")
 
+    def arrange(self, obs: PromptKV, sinks: int, recent: int) -> jax.Array | None:
+        """Return which token of the prompt each slot holds ``[B, T, K]``, ``None`` for the order of the text.
+
+        Each head's is a permutation that leaves in their places the first ``sinks`` tokens of a prompt, its last
+        ``recent`` ones and the padding behind them.
+        """
+        return None
+
     def validate(self) -> None:
         """Raise ValueError if a parameter is out of its range."""

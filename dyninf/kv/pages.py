@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dyninf.cache import LayerCache
-from dyninf.kv.base import ReadAll
+from dyninf.kv.base import PromptKV, ReadAll
 from dyninf.kv.top_k import TopK
 from pallas_kernels import KVIndex, summarize_page, summarize_pages, topk_pages
 
@@ -32,6 +32,21 @@ def summary_sizes(
     size = (pages, head_dim if select.scorer.kind == "mean" else 2 * head_dim)
     dense = min(select.dense_layers, num_layers)
     return (None,) * dense + (size,) * (num_layers - dense)
+
+
+def arrange_prompt(cache: LayerCache, select: TopK | ReadAll, obs: PromptKV) -> PromptKV:
+    """Return a prompt with its keys and values in the order of their slots in a layer; ``obs`` itself for the text's.
+
+    Attention does not ask for the order of keys. Once they are arranged, a state may be rolled back to the end of the
+    prompt, never into it.
+    """
+    if cache is None or cache.summary is None:
+        return obs
+    order_BTK = select.scorer.arrange(obs, select.sinks, select.recent)
+    if order_BTK is None:
+        return obs
+    k, v = (jnp.take_along_axis(part, order_BTK[..., None], axis=1) for part in (obs.k_BTKH, obs.v_BTKH))
+    return dataclasses.replace(obs, k_BTKH=k, v_BTKH=v)
 
 
 def summarize_prompt(cache: LayerCache, select: TopK | ReadAll, length: int, lengths_B: jax.Array) -> LayerCache:
