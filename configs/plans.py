@@ -134,7 +134,11 @@ def plans(num_layers: int) -> dict[str, Plan]:
         "select_page_mean": Plan(select=TopK(scorer=PageMean(), budget=512, sinks=1)),
         # The paper's shares of sinks and recent tokens, 1/20 and 1/5; pages of 8, the smallest that kernels read.
         "select_votes": Plan(select=TopK(scorer=TokenSelect(), budget=512, sinks=24, recent=96)),
-        # Means of 8 as above, over clusters of 32 tokens of a prompt of 2048; the paper's sinks and recent tokens, 128
-        # and 512 for 2000 retrieved keys, in proportion.
+        # The same with the paper's reuse of a choice while the cosine of the queries is at least 0.9.
+        "select_reused": Plan(select=TopK(scorer=TokenSelect(), budget=512, sinks=24, recent=96, reuse=0.9)),
+        # select_quest with one scoring for two adjacent layers, as MPCache shares: half of the summaries are read.
+        "select_shared": Plan(select=TopK(scorer=Quest(), budget=512, sinks=0, dense_layers=2, share=2)),
+        # Sinks and recent tokens in proportion to the paper's 128 and 512 beside 2000 retrieved keys; with 64 centroids
+        # means of 8 catch 1.9 times as many of the best keys of recall-6m as in the order of the text.
         "select_retrieval": Plan(select=TopK(scorer=RetrievalAttention(), budget=512, sinks=24, recent=96)),
     }

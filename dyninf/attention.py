@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dyninf.cache import LayerCache, write, write_prompt
 from dyninf.kv.base import KeepAll, PromptKV, ReadAll
+from dyninf.kv.choice import remember_scores
 from dyninf.kv.pages import arrange_prompt, choose_pages, summarize_prompt, summarize_written
 from dyninf.kv.top_k import TopK
 from dyninf.model import Attend
@@ -69,6 +70,7 @@ def attend_cached(
         def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
             updated = store(cache, k_BTKH, v_BTKH, positions_BT, written_BT, evict, select)
             if isinstance(evict, KeepAll):
+                updated = remember_scores(updated, select, q_BTNH, positions_BT, live_BT & active_BT)
                 index = choose_pages(updated, select, q_BTNH, positions_BT, window)
                 return decode_attention(
                     q_BTNH, updated.k, updated.v, positions_BT, index=index, window=window, valid_BS=updated.valid

@@ -29,6 +29,21 @@ class CacheSpec:
     dtype: Any = None
 
 
+@pytree(static=("leads",))
+class Choice:
+    """What a layer that selects remembers of its last choice of pages; see :mod:`dyninf.kv.choice`.
+
+    Attributes:
+        scores: of the pages ``[B, K, P]``, float32; -inf for those that had not begun.
+        q: the queries that asked for them ``[B, N, H]``, ``None`` unless they are compared.
+        leads: whether the layer scores; others take the scores of the layer before.
+    """
+
+    scores: jax.Array
+    q: jax.Array | None = None
+    leads: bool = True
+
+
 @pytree()
 class LayerCache:
     """Keys and values of one layer.
@@ -40,6 +55,7 @@ class LayerCache:
         scores: of a cache that evicts, what the slots are worth ``[B, S, K]``.
         threshold: of a cache that merges what it evicts, how similar it must be to what is kept ``[B]``.
         summary: of a layer that selects, what is known of the keys of each page ``[B, P, K, X]``.
+        choice: of a layer that selects, the scores of pages that it remembers.
     """
 
     k: jax.Array
@@ -49,6 +65,7 @@ class LayerCache:
     scores: jax.Array | None = None
     threshold: jax.Array | None = None
     summary: jax.Array | None = None
+    choice: Choice | None = None
 
 
 @pytree()
@@ -102,6 +119,13 @@ class KVCache:
         return tuple(None if cache.summary is None else cache.summary.shape[1::2] for cache in self.layers)
 
     @property
+    def choice_kinds(self) -> tuple[tuple[bool, bool] | None, ...]:
+        """Whether each layer leads a choice and keeps its queries, ``None`` for layers that remember none."""
+        if self.stacked:
+            return (None,) * self.layers.k.shape[0]
+        return tuple(one.choice and (one.choice.leads, one.choice.q is not None) for one in self.layers)
+
+    @property
     def merges(self) -> bool:
         """Whether the cache merges what it evicts into what it keeps."""
         return self._first.threshold is not None
@@ -133,6 +157,7 @@ def init_cache(
     merges: bool = False,
     slots: Sequence[int] | None = None,
     summaries: Sequence[tuple[int, int] | None] | None = None,
+    choices: Sequence[Choice | None] | None = None,
 ) -> KVCache:
     """Return an empty cache for ``batch`` sequences.
 
@@ -142,11 +167,12 @@ def init_cache(
         merges: keep a threshold of similarity.
         slots: slots of each layer; ``None`` for the capacity everywhere.
         summaries: pages and numbers ``(P, X)`` of the summary of each layer, ``None`` for layers that have none.
+        choices: what each layer remembers of a choice at first, ``None`` for layers that remember none.
     """
     entry = kv_shape(model)
     dtype = entry.dtype if spec.dtype is None else spec.dtype
 
-    def layer(slots: int, summary: tuple[int, int] | None) -> LayerCache:
+    def layer(slots: int, summary: tuple[int, int] | None, choice: Choice | None) -> LayerCache:
         shape = (batch, slots, *entry.shape[2:])
         return LayerCache(
             k=jnp.zeros(shape, dtype),
@@ -156,11 +182,13 @@ def init_cache(
             scores=jnp.full(shape[:3], -jnp.inf, jnp.float32) if evicts else None,
             threshold=jnp.full(batch, -jnp.inf) if merges else None,
             summary=None if summary is None else jnp.zeros((batch, summary[0], shape[2], summary[1]), dtype),
+            choice=choice,
         )
 
     slots = (spec.capacity,) * len(model.layers) if slots is None else slots
     summaries = (None,) * len(model.layers) if summaries is None else summaries
-    return KVCache(layers=tuple(map(layer, slots, summaries)), length=jnp.zeros(batch, jnp.int32))
+    choices = (None,) * len(model.layers) if choices is None else choices
+    return KVCache(layers=tuple(map(layer, slots, summaries, choices)), length=jnp.zeros(batch, jnp.int32))
 
 
 def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array) -> LayerCache:

@@ -21,6 +21,7 @@ from dyninf.decode_state import DecodeState, Generation, check_state
 from dyninf.depth_loop import Driver, check_driver, default_driver, run_layers, run_static
 from dyninf.indexed import is_indexed
 from dyninf.kv.base import KeepAll, ReadAll
+from dyninf.kv.choice import first_choices
 from dyninf.kv.pages import mean_read, summary_sizes
 from dyninf.kv.top_k import TopK, layer_slots, merges
 from dyninf.layer_run import LayerRun
@@ -64,6 +65,7 @@ def prefill(
     layout = {"track_valid": leaves_gaps(plan), "evicts": isinstance(plan.evict, TopK), "merges": merges(plan.evict)}
     layout["slots"] = layer_slots(plan.evict, num_layers, spec.capacity)
     layout["summaries"] = summary_sizes(plan.select, num_layers, spec.capacity, kv_shape(model).shape[-1])
+    layout["choices"] = first_choices(plan.select, layout["summaries"], model, batch)
     cache = init_cache(model, batch, spec, **layout)
     run = LayerRun(
         positions_BT=positions_BT,

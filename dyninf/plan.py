@@ -129,10 +129,23 @@ def _check_cache(plan: Plan, num_layers: int) -> None:
                 "expected evict=KeepAll() for a plan that selects: slots of a cache that evicts are in no order, so "
                 "that its pages hold no neighbours"
             )
+        _check_leaders(plan, num_layers)
         if plan.fill == "catch_up" and not filled:
             raise NotImplementedError(
                 "expected fill='propagate' or 'mask' for a plan that selects, got 'catch_up', under which several "
                 "tokens of a sequence would have to choose at once"
+            )
+
+
+def _check_leaders(plan: Plan, num_layers: int) -> None:
+    """Raise ValueError if a static schedule runs a layer that takes the scores of one that it never runs."""
+    kept, dense = plan.depth.static_layers(num_layers) or (), plan.select.dense_layers
+    for layer in kept:
+        leader = layer - max(layer - dense, 0) % plan.select.share
+        if leader not in kept:
+            raise ValueError(
+                f"expected layers that share a choice of pages to run with the first of their {plan.select.share}, got "
+                f"layer {layer} without layer {leader}; change dense_layers or share, or the layers that are skipped"
             )
 
 

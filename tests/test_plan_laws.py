@@ -81,7 +81,7 @@ def scarce(policy):
     scorer = dataclasses.replace(scorer, page_size=2) if selects else scorer
     budget = tuple(range(3 + L, 3, -1)) if isinstance(policy.budget, tuple) else 8 if selects else 6
     sizes = {"budget": budget, "sinks": min(policy.sinks, 1), "recent": min(policy.recent, 2)}
-    return dataclasses.replace(policy, scorer=scorer, **sizes)
+    return dataclasses.replace(policy, scorer=scorer, reuse=policy.reuse and 0.2, **sizes)
 
 
 def ample(policy):

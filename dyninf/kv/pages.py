@@ -3,7 +3,8 @@
 Page p of a cache holds the slots from ``p * page_size`` on. The summary of a page is computed from the keys that the
 cache holds, after a prompt for all of them and after a step for the page that was written, so that it follows from the
 cache alone: a state that is rolled back to fewer tokens makes it anew with the next token of the page. Slots that hold
-no key (``fill="mask"``) are left out.
+no key (``fill="mask"``) are left out. A choice follows from the scores of this step, or from remembered ones
+(:mod:`dyninf.kv.choice`).
 
 Layers read everything, and hold no summary, where the budget covers the whole cache or ``dense_layers`` says so.
 """
@@ -104,7 +105,10 @@ def choose_pages(
         raise ValueError(f"expected one new token of each sequence for a plan that selects, got {q_BTNH.shape[1]}")
     size = select.scorer.page_size
     num_pages_B = positions_BT[:, 0] // size + 1
-    scores_BKP = select.scorer.score(q_BTNH, cache.summary, num_pages_B)
+    if cache.choice is None:
+        scores_BKP = select.scorer.score(q_BTNH, cache.summary, num_pages_B)
+    else:
+        scores_BKP = cache.choice.scores
     if window is not None:
         last_P = jnp.arange(cache.summary.shape[1]) * size + size - 1
         seen_BP = last_P[None] > positions_BT - window

@@ -3,13 +3,11 @@ Inference via Vector Retrieval"), with an index of fixed sizes.
 
 After the prompt each key/value head arranges its tokens so that keys wanted by the same queries are neighbours, which
 is what an inverted-file index does. Queries and keys of a head lie apart, so that the centroids are those of queries:
-k-means by cosine over a sample of the prompt's own queries, all heads of a group together. A key ``k`` goes to the
-centroid ``c`` of the largest ``c . (k - mean key)``; the mean key, which would send most keys to one centroid, shifts
-the products of a query with all keys alike and so changes no query's order of them. Tokens are sorted by centroid, in
-the order of the text within one; sinks, recent tokens and padding stay where they are. Pages are then pieces of
-clusters, the summary of one is the mean of its keys, and a step reads the pages of the largest ``q . mean`` of any
-query of the group. With ``page_size=1`` this is exact retrieval of the best keys, the variant without an index that
-the paper compares itself with.
+k-means by cosine over a sample of the prompt's own queries, those of all heads of a group together. A key goes to the
+centroid with which it has the largest dot product. Tokens are sorted by centroid, in the order of the text within one;
+sinks, recent tokens and padding stay where they are. Pages are then pieces of clusters, the summary of one is the mean
+of its keys, and a step reads the pages of the largest ``q . mean`` of any query of the group. With ``page_size=1`` this
+is exact retrieval of the best keys, the variant without an index that the paper compares itself with.
 
 Differences: the paper walks a graph on the CPU whose edges follow the prompt's queries, from which a step reads single
 keys and which holds the prompt only. RetroInfer (Chen et al. 2025), which succeeds it, clusters keys by their own
@@ -56,9 +54,7 @@ class RetrievalAttention(PageMean):
         q_KBRH = q_KBRH.reshape(num_kv, batch, -1, dim)
         slot_1T, end_B1 = jnp.arange(length)[None], obs.lengths_B[:, None]
         moved_BT = (slot_1T >= sinks) & (slot_1T < end_B1 - recent)
-        k_BTKH = jnp.where(moved_BT[:, :, None, None], obs.k_BTKH.astype(jnp.float32), 0.0)
-        mean_BKH = jnp.sum(k_BTKH, axis=1) / jnp.maximum(jnp.sum(moved_BT, axis=1), 1)[:, None, None]
-        k_KBTH = jnp.moveaxis(k_BTKH - mean_BKH[:, None], 2, 0)
+        k_KBTH = jnp.moveaxis(obs.k_BTKH.astype(jnp.float32), 2, 0)
         # One head after another: the products of all with all centroids need not exist at once.
         cluster_KBT = jax.lax.map(lambda head: jax.vmap(self._nearest)(*head), (q_KBRH, k_KBTH))
         stays_BT = jnp.where(slot_1T < jnp.minimum(sinks, end_B1), -1, self.centroids + (slot_1T >= end_B1))

@@ -44,8 +44,7 @@ def arranged_by_loops(scorer, q_TNH, k_TH, head, length, sinks, recent):
             if (nearest == c).any():
                 centers[c] = unit(asked[nearest == c].sum(axis=0))
     middle = range(min(sinks, length), max(length - recent, min(sinks, length)))
-    mean = k_TH[list(middle)].mean(axis=0) if len(middle) else 0.0
-    cluster = {t: int(np.argmax(centers @ (k_TH[t] - mean))) for t in middle}
+    cluster = {t: int(np.argmax(centers @ k_TH[t])) for t in middle}
     return [
         *range(middle.start),
         *sorted(middle, key=lambda t: (cluster[t], t)),
@@ -69,7 +68,7 @@ def test_the_order_is_that_of_loops(iterations):
 
 
 def test_an_order_by_hand():
-    """Two queries, two centroids; keys that point either way alternate, and the mean key (0, 5) says nothing."""
+    """Two queries, two centroids; keys that point either way alternate."""
     scorer = RetrievalAttention(page_size=2, centroids=2, samples=2)
     q_T = np.array([[1, 0], [0, 0], [0, 0], [-1, 0], [0, 0], [0, 0]], np.float32)
     k_T = np.array([[9, 9], [-1, 5], [1, 5], [-2, 5], [2, 5], [9, 9]], np.float32)
