@@ -64,11 +64,12 @@ def test_a_decode_step_lowers_for_cuda(tiny_model, name):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the GPU kernels need jax 0.11.2")
-def test_a_selecting_loop_lowers_to_the_kernels_of_a_gpu(monkeypatch):
+@pytest.mark.parametrize(("remembers", "scorings"), [({}, 2), ({"reuse": 0.9, "share": 2}, 1)], ids=["anew", "kept"])
+def test_a_selecting_loop_lowers_to_the_kernels_of_a_gpu(monkeypatch, remembers, scorings):
     sizes = {"vocab_size": 64, "num_layers": 3, "d_model": 64, "d_ff": 96, "num_heads": 4, "num_kv_heads": 2}
     config = models.ModelConfig(**sizes, head_dim=64, max_length=512, tie_embeddings=True)
     model = jax.eval_shape(lambda: models.Transformer(config, jax.random.key(0)))
-    select = kv.TopK(scorer=kv.Quest(page_size=16), budget=64, sinks=16, recent=16, dense_layers=1)
+    select = kv.TopK(scorer=kv.Quest(page_size=16), budget=64, sinks=16, recent=16, dense_layers=1, **remembers)
     leaves, structure = jax.tree.flatten(step_shapes(model, Plan(select=select), capacity=256))
     for name in ("append_tokens", "attention", "page_scores", "topk_pages"):
         operation = importlib.import_module(f"pallas_kernels.{name}")
@@ -85,5 +86,5 @@ def test_a_selecting_loop_lowers_to_the_kernels_of_a_gpu(monkeypatch):
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         exported = jax.export.export(jax.jit(loop), platforms=["cuda"], disabled_checks=unchecked)(*leaves)
-    # One for the layer that reads everything; storing, scores, choice and attention for each of the others.
-    assert exported.mlir_module().count("@mosaic_gpu_v2") == 1 + 2 * 4
+    # One for the layer that reads everything; storing, choice and attention for each of the others, scores where asked.
+    assert exported.mlir_module().count("@mosaic_gpu_v2") == 1 + 2 * 3 + scorings

@@ -10,11 +10,11 @@ under a ``lax.cond`` if any of the batch has turned. Source: the selection cache
 paper has 0.9 and whose code switches it off; there the chosen tokens are kept.
 
 *Sharing* (``TopK(share=n)``). Of every ``n`` layers that select, one after the other, the first scores and the others
-take its scores, with pages outside their own window left out. A layer that reads everything ends a group and never
-leads one. If the leader did not run for a token (it was skipped), the others use its last scores; before its first
-ones they read the first pages. Source: MPCache (Zeng et al. 2025, "MPCache: MPC-Friendly KV Cache Eviction for
-Efficient Private Large Language Model Inference"), which shares indices between adjacent layers, since these choose
-much alike.
+take its scores, head by head, with pages outside their own window left out. A layer that reads everything ends a group
+and never leads one. If the leader did not run for a token (it was skipped), the others use its last scores; before its
+first ones they read the first pages. Source: MPCache (Zeng et al. 2025, "MPCache: MPC-Friendly KV Cache Eviction for
+Efficient Private Large Language Model Inference"), which shares indices between adjacent layers. Head i of one layer
+and head i of the next need not want the same; scores that are those of all heads (TokenSelect) do not depend on it.
 
 Cost: ``K * P`` float32 numbers of a layer and sequence, for reuse also the queries. A state that is rolled back goes on
 with the scores of the steps that it lost.
