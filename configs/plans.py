@@ -30,6 +30,7 @@ from dyninf.kv import (
     PageMean,
     Quest,
     Recency,
+    RetrievalAttention,
     ShadowKV,
     SnapKV,
     TokenSelect,
@@ -136,4 +137,11 @@ def plans(num_layers: int) -> dict[str, Plan]:
         "select_votes": Plan(select=TopK(scorer=TokenSelect(), budget=512, sinks=24, recent=96)),
         # The outliers of the paper's code for a budget of 512, and its four last pages.
         "select_shadow_kv": Plan(select=TopK(scorer=ShadowKV(outliers=12), budget=512, sinks=0, recent=32)),
+        # The same with the paper's reuse of a choice while the cosine of the queries is at least 0.9.
+        "select_reused": Plan(select=TopK(scorer=TokenSelect(), budget=512, sinks=24, recent=96, reuse=0.9)),
+        # select_quest with one scoring for two adjacent layers, as MPCache shares: half of the summaries are read.
+        "select_shared": Plan(select=TopK(scorer=Quest(), budget=512, sinks=0, dense_layers=2, share=2)),
+        # Sinks and recent tokens in proportion to the paper's 128 and 512 beside 2000 retrieved keys; with 64 centroids
+        # means of 8 catch 1.9 times as many of the best keys of recall-6m as in the order of the text.
+        "select_retrieval": Plan(select=TopK(scorer=RetrievalAttention(), budget=512, sinks=24, recent=96)),
     }

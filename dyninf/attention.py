@@ -11,11 +11,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dyninf.cache import LayerCache, OwnCache, write, write_prompt
+from dyninf.cache import LayerCache, write, write_prompt
 from dyninf.kv.base import KeepAll, PromptKV, ReadAll
-from dyninf.kv.pages import choose_pages, summarize_prompt, summarize_written
+from dyninf.kv.choice import remember_scores
+from dyninf.kv.pages import arrange_prompt, choose_pages, summarize_prompt, summarize_written
 from dyninf.kv.top_k import TopK
 from dyninf.model import Attend
+from dyninf.own_cache import OwnCache
 from pallas_kernels import append_and_score, append_tokens, decode_attention, prefill_attention
 
 KEEP_ALL, READ_ALL = KeepAll(), ReadAll()
@@ -33,11 +35,14 @@ def attend_prompt(
             if isinstance(cache, OwnCache):
                 _refuse_window(window)
                 return o_BTNH, cache.fill(k_BTKH, v_BTKH, lengths_B, select)
+            obs = PromptKV(q_BTNH=q_BTNH, k_BTKH=k_BTKH, v_BTKH=v_BTKH, lengths_B=lengths_B)
             if isinstance(evict, KeepAll):
-                filled = write_prompt(cache, k_BTKH, v_BTKH, active_BT)
+                stored = arrange_prompt(cache, select, obs)
+                if stored is not obs:
+                    _refuse_window(window)
+                filled = write_prompt(cache, stored.k_BTKH, stored.v_BTKH, active_BT)
                 return o_BTNH, summarize_prompt(filled, select, k_BTKH.shape[1], lengths_B)
             _refuse_window(window)
-            obs = PromptKV(q_BTNH=q_BTNH, k_BTKH=k_BTKH, v_BTKH=v_BTKH, lengths_B=lengths_B)
             return o_BTNH, evict.compress(cache, obs, active_BT)
 
         return attend
@@ -70,6 +75,7 @@ def attend_cached(
             stored = (cache, k_BTKH, v_BTKH, positions_BT, written_BT)
             if not isinstance(cache, OwnCache) and isinstance(evict, KeepAll):
                 updated, scores_BKP = store_and_score(*stored, select, q_BTNH)
+                updated = remember_scores(updated, select, q_BTNH, positions_BT, live_BT & active_BT)
                 index = choose_pages(updated, select, q_BTNH, positions_BT, window, scores_BKP)
                 return decode_attention(
                     q_BTNH, updated.k, updated.v, positions_BT, index=index, window=window, valid_BS=updated.valid
@@ -138,7 +144,8 @@ def store_and_score(
     q_BTNH: jax.Array,
 ) -> tuple[LayerCache, jax.Array | None]:
     """Return the cache with the new token of each sequence, and the scores of its pages where one kernel makes both."""
-    if cache.summary is None or cache.valid is not None or select.scorer.reduce is None:
+    plain = cache.summary is not None and cache.valid is None and cache.choice is None
+    if not plain or select.scorer.reduce is None:
         return store(cache, k_BTKH, v_BTKH, positions_BT, written_BT, select=select), None
     scorer, slots_BT = select.scorer, slots_of(cache, positions_BT, written_BT)
     arrays = (cache.k, cache.v, cache.summary, k_BTKH, v_BTKH, slots_BT, q_BTNH)
@@ -151,8 +158,8 @@ def _refuse_window(window: int | None) -> None:
     """Slots of a cache that is not by position are in no order, so a window would have to be looked up."""
     if window is not None:
         raise NotImplementedError(
-            "expected full attention in every layer for a plan that evicts or holds keys in a form of its own, got a "
-            f"window of {window} tokens; such layers keep no more than their window anyway"
+            "expected full attention in every layer for a plan that evicts, arranges what it selects from or holds "
+            f"keys in a form of its own, got a window of {window} tokens; such layers keep no more than that anyway"
         )
 
 

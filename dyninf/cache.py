@@ -1,5 +1,5 @@
 """The KV cache: one pair of arrays per layer, slot s of a sequence holding its position s unless the cache evicts.
-Layers may have caches of another kind (:class:`OwnCache`).
+Layers may have caches of another kind (:class:`dyninf.own_cache.OwnCache`).
 
 Layout ``[B, S, K, H]``: measured on an H200, per-sequence writes by scatter cost nothing against aligned slices, and
 this order is the one cuDNN reads in place (1761 against 1663 tokens/s at batch 8, Llama-3-8B shape). Per-layer arrays
@@ -9,12 +9,13 @@ let XLA update them in place. Empty slots are zeros and are never read.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dyninf.model import CausalLM, kv_shape
+from dyninf.own_cache import OwnCache, tree_bytes
 from dyninf.pytree import pytree
 
 
@@ -34,6 +35,21 @@ class CacheSpec:
     generated: int | None = None
 
 
+@pytree(static=("leads",))
+class Choice:
+    """What a layer that selects remembers of its last choice of pages; see :mod:`dyninf.kv.choice`.
+
+    Attributes:
+        scores: of the pages ``[B, K, P]``, float32; -inf for those that had not begun.
+        q: the queries that asked for them ``[B, N, H]``, ``None`` unless they are compared.
+        leads: whether the layer scores; others take the scores of the layer before.
+    """
+
+    scores: jax.Array
+    q: jax.Array | None = None
+    leads: bool = True
+
+
 @pytree()
 class LayerCache:
     """Keys and values of one layer.
@@ -45,6 +61,7 @@ class LayerCache:
         scores: of a cache that evicts, what the slots are worth ``[B, S, K]``.
         threshold: of a cache that merges what it evicts, how similar it must be to what is kept ``[B]``.
         summary: of a layer that selects, what is known of the keys of each page ``[B, P, K, X]``.
+        choice: of a layer that selects, the scores of pages that it remembers.
     """
 
     k: jax.Array
@@ -54,50 +71,7 @@ class LayerCache:
     scores: jax.Array | None = None
     threshold: jax.Array | None = None
     summary: jax.Array | None = None
-
-
-class OwnCache:
-    """Base of the caches of layers that keep keys in a form of their own, and read them themselves.
-
-    ``v [B, S, K, H]`` has the values by position. ``select`` is the :class:`dyninf.kv.TopK` of the plan. Nothing of a
-    plain cache's book-keeping is had.
-    """
-
-    v: jax.Array
-    valid: ClassVar[None] = None
-    positions: ClassVar[None] = None
-    threshold: ClassVar[None] = None
-    summary: ClassVar[None] = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything that is held."""
-        return tree_bytes(self)
-
-    @property
-    def limit_B(self) -> jax.Array:
-        """Tokens that each sequence may have at most, prompt and generated together ``[B]``."""
-        raise NotImplementedError(f"expected {type(self).__name__} to define limit_B")
-
-    def fits(self, select: Any) -> bool:
-        """Return whether the cache was made for these settings."""
-        raise NotImplementedError(f"expected {type(self).__name__} to define fits")
-
-    def fill(self, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_B: jax.Array, select: Any) -> Self:
-        """Return the empty cache with prompts of ``lengths_B`` tokens; the rest of the T is padding."""
-        raise NotImplementedError(f"expected {type(self).__name__} to define fill")
-
-    def store(self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, written_BT: jax.Array) -> Self:
-        """Return the cache with new tokens, where ``written_BT`` says so."""
-        raise NotImplementedError(f"expected {type(self).__name__} to define store")
-
-    def attend(self, q_BTNH: jax.Array, positions_BT: jax.Array, select: Any) -> jax.Array:
-        """Attend from the new token of each sequence, which is stored; meaningless for sequences that are done."""
-        raise NotImplementedError(f"expected {type(self).__name__} to define attend")
-
-    def left_out(self, select: Any) -> jax.Array:
-        """Return the entries of each sequence that a step does not read ``[B]``, float32."""
-        raise NotImplementedError(f"expected {type(self).__name__} to define left_out")
+    choice: Choice | None = None
 
 
 @pytree()
@@ -151,6 +125,13 @@ class KVCache:
         return tuple(None if cache.summary is None else cache.summary.shape[1::2] for cache in self.layers)
 
     @property
+    def choice_kinds(self) -> tuple[tuple[bool, bool] | None, ...]:
+        """Whether each layer leads a choice and keeps its queries, ``None`` for layers that remember none."""
+        if self.stacked:
+            return (None,) * self.layers.k.shape[0]
+        return tuple(one.choice and (one.choice.leads, one.choice.q is not None) for one in self.layers)
+
+    @property
     def merges(self) -> bool:
         """Whether the cache merges what it evicts into what it keeps."""
         return self._first.threshold is not None
@@ -195,6 +176,7 @@ def init_cache(
     merges: bool = False,
     slots: Sequence[int] | None = None,
     summaries: Sequence[tuple[int, int] | None] | None = None,
+    choices: Sequence[Choice | None] | None = None,
     own: Sequence[OwnCache | None] | None = None,
 ) -> KVCache:
     """Return an empty cache for ``batch`` sequences.
@@ -205,12 +187,13 @@ def init_cache(
         merges: keep a threshold of similarity.
         slots: slots of each layer; ``None`` for the capacity everywhere.
         summaries: pages and numbers ``(P, X)`` of the summary of each layer, ``None`` for layers that have none.
+        choices: what each layer remembers of a choice at first, ``None`` for layers that remember none.
         own: empty caches of layers that have one of another kind, ``None`` for the others.
     """
     entry = kv_shape(model)
     dtype = entry.dtype if spec.dtype is None else spec.dtype
 
-    def layer(slots: int, summary: tuple[int, int] | None) -> LayerCache:
+    def layer(slots: int, summary: tuple[int, int] | None, choice: Choice | None) -> LayerCache:
         shape = (batch, slots, *entry.shape[2:])
         return LayerCache(
             k=jnp.zeros(shape, dtype),
@@ -220,13 +203,16 @@ def init_cache(
             scores=jnp.full(shape[:3], -jnp.inf, jnp.float32) if evicts else None,
             threshold=jnp.full(batch, -jnp.inf) if merges else None,
             summary=None if summary is None else jnp.zeros((batch, summary[0], shape[2], summary[1]), dtype),
+            choice=choice,
         )
 
     slots = (spec.capacity,) * len(model.layers) if slots is None else slots
     summaries = (None,) * len(model.layers) if summaries is None else summaries
+    choices = (None,) * len(model.layers) if choices is None else choices
     own = (None,) * len(model.layers) if own is None else own
-    layers = [layer(*sizes) if cache is None else cache for *sizes, cache in zip(slots, summaries, own, strict=True)]
-    return KVCache(layers=tuple(layers), length=jnp.zeros(batch, jnp.int32))
+    sizes = zip(slots, summaries, choices, own, strict=True)
+    layers = tuple(layer(*plain) if cache is None else cache for *plain, cache in sizes)
+    return KVCache(layers=layers, length=jnp.zeros(batch, jnp.int32))
 
 
 def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array) -> LayerCache:
@@ -273,8 +259,3 @@ def stack_caches(layers: tuple[LayerCache, ...]) -> LayerCache:
 def list_caches(stacked: LayerCache) -> tuple[LayerCache, ...]:
     """Return the caches of single layers; the inverse of :func:`stack_caches`."""
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(stacked.k.shape[0]))
-
-
-def tree_bytes(tree: Any) -> int:
-    """Return the bytes of the arrays of a tree, or of arrays of their shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

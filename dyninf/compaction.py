@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dyninf.kv.choice import lend
 from dyninf.layer_run import LayerRun, Span, plain_span
 from dyninf.model import DecoderLayer
 
@@ -77,7 +78,7 @@ def _run_gathered(layers, run, capacity, active_B, x_BTD, active_BT, caches):
         kv_RTKH = None
         if run.propagate and cache is not None:
             kv_RTKH = layer.project_kv(x_BTD[rest_R], run.positions_BT[rest_R])
-        attend = _attend_in_place(run.attend(cache, active_BT), chosen_C, rest_R, kv_RTKH)
+        attend = _attend_in_place(run.attend(lend(updated, cache), active_BT), chosen_C, rest_R, kv_RTKH)
         y_CTD, cache = layer(x_CTD, positions_CT, attend)
         prev_CTD, x_CTD = x_CTD, jnp.where(active_CT[:, :, None], y_CTD, x_CTD)
         updated.append(cache)

@@ -6,6 +6,7 @@ import jax
 
 from dyninf.cache import KVCache
 from dyninf.catch_up import Pending
+from dyninf.kv.choice import choice_kinds
 from dyninf.kv.pages import made_for
 from dyninf.kv.top_k import TopK, layer_slots, merges
 from dyninf.plan import Plan, catches_up, leaves_gaps
@@ -68,6 +69,7 @@ def check_state(state: DecodeState, plan: Plan, num_layers: int) -> None:
     slots = layer_slots(plan.evict, num_layers, state.cache.capacity)
     same_cache &= all(held <= budget for held, budget in zip(state.cache.slots, slots, strict=True))
     same_cache &= made_for(state.cache, plan.select)
+    same_cache &= state.cache.choice_kinds == choice_kinds(plan.select, state.cache.summary_sizes)
     window = None if state.pending is None else state.pending.layer_BW.shape[1]
     same_window = window == (plan.window if catches_up(plan, num_layers) else None)
     if not (same_depth and same_cache and same_window):

@@ -30,6 +30,7 @@ from dyninf.catch_up import Pending, catch_up_span, leave_waiting, room
 from dyninf.compaction import Compact, compact_span
 from dyninf.depth.base import DepthPolicy
 from dyninf.indexed import is_indexed, refuse_indexed, run_indexed
+from dyninf.kv.choice import lend
 from dyninf.layer_run import LayerRun, LayersOut, decide, layer_groups, observe, plain_span, take_skip_state
 from dyninf.model import DecoderLayer
 from dyninf.plan import Plan, catches_up
@@ -55,8 +56,9 @@ def check_driver(driver: Any, layers: Sequence[DecoderLayer], plan: Plan, batch:
 
     Raises:
         ValueError: if the driver is unknown, ``unrolled`` is asked of a policy that is not static, ``Compact`` would
-            gather the whole batch, another driver than ``segments`` is asked to catch up, or ``indexed`` is asked of
-            layers that are not stacked or of a plan that it cannot run.
+            gather the whole batch, another driver than ``segments`` is asked to catch up, ``scan`` is asked to
+            share choices of pages, or ``indexed`` is asked of layers that are not stacked or of a plan that it cannot
+            run.
     """
     num_layers = len(layers)
     if not isinstance(driver, Compact) and driver not in DRIVERS:
@@ -65,6 +67,11 @@ def check_driver(driver: Any, layers: Sequence[DecoderLayer], plan: Plan, batch:
         raise ValueError("expected stacked layers for driver 'indexed'; use dyninf.models.stack_for_decoding")
     if driver == "indexed" and (reason := refuse_indexed(plan, num_layers)) is not None:
         raise ValueError(f"expected another driver than 'indexed' for {plan.depth}: {reason}; use 'segments'")
+    if driver == "scan" and getattr(plan.select, "share", 1) > 1:
+        raise ValueError(
+            f"expected another driver than 'scan' for layers that share a choice of pages, got share="
+            f"{plan.select.share}; use 'masked'"
+        )
     if driver == "unrolled" and plan.depth.static_layers(num_layers) is None:
         raise ValueError(f"expected a static schedule for driver 'unrolled', got {plan.depth}; use 'segments'")
     if isinstance(driver, Compact) and driver.capacity >= batch:
@@ -133,7 +140,7 @@ def run_static(
     """Run exactly the layers ``kept``; the driver ``unrolled``."""
     caches, prev_BTD = list(caches), x_BTD
     for index in range(max(policy.prefill_layers(len(layers))) + 1):
-        entered_BTD = x_BTD
+        entered_BTD, caches[index] = x_BTD, lend(caches[:index], caches[index])
         if index in kept:
             x_BTD, caches[index] = layers[index](x_BTD, run.positions_BT, run.attend(caches[index], run.live_BT))
         else:
@@ -159,6 +166,7 @@ def _grouped(layers, decisions, top, x_BTD, caches, run, policy, state, carry, *
             obs = observe(run, num_layers, start, x_BTD, prev_BTD)
             active_BT, exited_BT, state = decide(run, policy, obs, exited_BT, state)
             skipping_BT = ~active_BT & ~exited_BT
+        caches[start] = lend(caches[:start], caches[start])
         following = None if policy.skips or stop == top else stop
 
         def run_group(operands, start=start, stop=stop, following=following):

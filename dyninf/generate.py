@@ -21,6 +21,7 @@ from dyninf.decode_state import DecodeState, Generation, check_state
 from dyninf.depth_loop import Driver, check_driver, default_driver, run_layers, run_static
 from dyninf.indexed import is_indexed
 from dyninf.kv.base import KeepAll, ReadAll
+from dyninf.kv.choice import first_choices
 from dyninf.kv.pages import mean_left_out, mean_read, own_caches, summary_sizes
 from dyninf.kv.top_k import TopK, layer_slots, merges
 from dyninf.layer_run import LayerRun
@@ -55,15 +56,15 @@ def prefill(
         ValueError: if the plan does not fit the model or the cache is smaller than the prompts.
     """
     check(plan, model)
-    batch, length = tokens.shape
+    batch, length, num_layers = *tokens.shape, len(model.layers)
     if spec.capacity < length:
         raise ValueError(f"expected a cache of at least {length} slots for this prompt, got {spec.capacity}")
     positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
     live_BT = positions_BT < lengths[:, None]
-    num_layers = len(model.layers)
     layout = {"track_valid": leaves_gaps(plan), "evicts": isinstance(plan.evict, TopK), "merges": merges(plan.evict)}
     layout["slots"] = layer_slots(plan.evict, num_layers, spec.capacity)
     layout["summaries"] = summary_sizes(plan.select, num_layers, spec.capacity, kv_shape(model).shape[-1])
+    layout["choices"] = first_choices(plan.select, layout["summaries"], model, batch)
     layout["own"] = own_caches(plan.select, num_layers, kv_shape(model), batch, length, spec)
     cache = init_cache(model, batch, spec, **layout)
     run = LayerRun(

@@ -16,6 +16,7 @@ from dyninf.attention import LayerAttend
 from dyninf.cache import LayerCache
 from dyninf.depth.base import EXIT, SKIP, DepthPolicy, LayerObs, consult
 from dyninf.kv.base import KeepAll, ReadAll
+from dyninf.kv.choice import lend
 from dyninf.kv.top_k import TopK
 from dyninf.model import DecoderLayer
 from dyninf.pytree import pytree
@@ -83,7 +84,7 @@ def plain_span(layers: Sequence[DecoderLayer], run: LayerRun) -> Span:
     def span(start, stop, x_BTD, active_BT, caches, carry):
         prev_BTD, updated = x_BTD, []
         for layer, cache in zip(layers[start:stop], caches, strict=True):
-            y_BTD, cache = layer(x_BTD, run.positions_BT, run.attend(cache, active_BT))
+            y_BTD, cache = layer(x_BTD, run.positions_BT, run.attend(lend(updated, cache), active_BT))
             prev_BTD, x_BTD = x_BTD, jnp.where(active_BT[:, :, None], y_BTD, x_BTD)
             updated.append(cache)
         return x_BTD, prev_BTD, tuple(updated), carry

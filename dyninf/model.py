@@ -53,6 +53,17 @@ def kv_shape(model: CausalLM) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda layer, x, p: layer.project_kv(x, p)[0], model.layers[0], x_BTD, positions)
 
 
+def query_shape(model: CausalLM) -> jax.ShapeDtypeStruct:
+    """Return the shape ``[1, 1, N, H]`` and dtype of one token's queries, read off the first layer."""
+    x_BTD = jax.eval_shape(model.embed, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    positions = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
+        return q_BTNH, q_BTNH
+
+    return jax.eval_shape(lambda layer, x, p: layer(x, p, attend)[1], model.layers[0], x_BTD, positions)
+
+
 def vocab_size(model: CausalLM) -> int:
     """Return the number of token ids the model knows, read off its logits without running it."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -134,10 +134,28 @@ def _check_cache(plan: Plan, num_layers: int) -> None:
                 f"expected fill='propagate' for a plan with {type(plan.select.scorer).__name__}, got 'mask': its cache "
                 "cannot hide keys of layers that did not run"
             )
+        if plan.select.scorer.owns_cache and (plan.select.share != 1 or plan.select.reuse is not None):
+            raise NotImplementedError(
+                f"expected share=1 and reuse=None for a plan with {type(plan.select.scorer).__name__}, whose layers "
+                f"hold no scores, got share={plan.select.share} and reuse={plan.select.reuse}"
+            )
+        _check_leaders(plan, num_layers)
         if plan.fill == "catch_up" and not filled:
             raise NotImplementedError(
                 "expected fill='propagate' or 'mask' for a plan that selects, got 'catch_up', under which several "
                 "tokens of a sequence would have to choose at once"
+            )
+
+
+def _check_leaders(plan: Plan, num_layers: int) -> None:
+    """Raise ValueError if a static schedule runs a layer that takes the scores of one that it never runs."""
+    kept, dense = plan.depth.static_layers(num_layers) or (), plan.select.dense_layers
+    for layer in kept:
+        leader = layer - max(layer - dense, 0) % plan.select.share
+        if leader not in kept:
+            raise ValueError(
+                f"expected layers that share a choice of pages to run with the first of their {plan.select.share}, got "
+                f"layer {layer} without layer {leader}; change dense_layers or share, or the layers that are skipped"
             )
 
 

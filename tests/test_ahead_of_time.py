@@ -73,10 +73,16 @@ def test_a_decode_step_lowers_for_cuda(tiny_model, name):
             ("append_tokens", "attention", "page_scores", "topk_pages"),
             1 + 2 * 3,
         ),
+        # The same for choices that are kept: scores where they are asked for.
+        (
+            Plan(select=kv.TopK(scorer=kv.Quest(page_size=16), budget=64, sinks=16, recent=16, reuse=0.9, share=2)),
+            ("append_tokens", "attention", "page_scores", "topk_pages"),
+            3 * 3 + 2,
+        ),
         # The nearest keys and the merged entries of each layer.
         (Plan(evict=kv.TopK(scorer=kv.D2O(), budget=64, recent=8)), ("merge_tokens",), 3 * 2),
     ],
-    ids=["select", "merge"],
+    ids=["select", "kept", "merge"],
 )
 def test_a_loop_lowers_to_the_kernels_of_a_gpu(monkeypatch, plan, names, kernels):
     sizes = {"vocab_size": 64, "num_layers": 3, "d_model": 64, "d_ff": 96, "num_heads": 4, "num_kv_heads": 2}

@@ -40,8 +40,8 @@ PLANS = {**plans(L), "exit_catch_up": Plan(depth=every(Confidence(threshold=0.9)
 NAMES = sorted(PLANS)
 STATIC = {name for name in NAMES if PLANS[name].depth.static_layers(L) is not None}
 # Differ from a plan beside them by how they score alone: held to the laws in slow runs.
-ALIKE = {"exit_entropy", "exit_margin", "exit_mue", "select_long", "select_page_mean", "select_votes"}
-ALIKE |= {f"evict_{scorer}" for scorer in ("critic", "expected", "key_norm", "snap_kv", "tova")}
+ALIKE = {"exit_entropy", "exit_margin", "exit_mue", "select_long", "select_page_mean", "select_retrieval"}
+ALIKE |= {"select_votes"} | {f"evict_{scorer}" for scorer in ("critic", "expected", "key_norm", "snap_kv", "tova")}
 # One plan of each kind, to save time.
 ALONE = ("decay_power", "dense", "exit_catch_up", "exit_confidence_masked", "exit_first_of")
 COMPACT = ("decay_power", "exit_confidence")
@@ -83,7 +83,7 @@ def scarce(policy):
     sizes = {"budget": budget, "sinks": min(policy.sinks, 1), "recent": min(policy.recent, 2)}
     if isinstance(scorer, ShadowKV):  # the longest prompt has three pages: an outlier, one chosen, one left
         scorer, sizes = dataclasses.replace(scorer, outliers=1, rank=3), {"budget": 2, "sinks": 0, "recent": 1}
-    return dataclasses.replace(policy, scorer=scorer, **sizes)
+    return dataclasses.replace(policy, scorer=scorer, reuse=policy.reuse and 0.2, **sizes)
 
 
 def ample(policy):

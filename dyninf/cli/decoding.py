@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import dyninf
-from dyninf.cache import LayerCache, OwnCache
+from dyninf.cache import LayerCache
 from dyninf.catch_up import no_pending
 from dyninf.depth_loop import Driver
 from dyninf.kv import ReadAll, TopK
 from dyninf.model import CausalLM, kv_shape, vocab_size
+from dyninf.own_cache import OwnCache
 from dyninf.timing import Timing, measure
 
 

@@ -125,7 +125,9 @@ def policies(policy: Any) -> list[Any]:
 
 
 def read_value(text: str, current: Any, path: str) -> Any:
-    """Return ``text`` read as the kind of value that stands there now; ``None`` is taken for a list of layers.
+    """Return ``text`` read as the kind of value that stands there now.
+
+    ``None`` is taken for a list of layers, for a number if the text has a point.
 
     Numbers of a tuple are read as its first one is.
 
@@ -137,7 +139,7 @@ def read_value(text: str, current: Any, path: str) -> Any:
             return {"true": True, "false": False}[text.lower()]
         if isinstance(current, int):
             return int(text)
-        if isinstance(current, float):
+        if isinstance(current, float) or (current is None and "." in text):
             return float(text)
         if current is None or isinstance(current, tuple):
             number = float if current and isinstance(current[0], float) else int

@@ -16,7 +16,10 @@ from dyninf.kv.key_norm import KeyNorm as KeyNorm
 from dyninf.kv.page_mean import PageMean as PageMean
 from dyninf.kv.pyramid_kv import pyramid_budgets as pyramid_budgets
 from dyninf.kv.quest import Quest as Quest
+from dyninf.kv.recall import PageRecall as PageRecall
+from dyninf.kv.recall import page_recall as page_recall
 from dyninf.kv.recency import Recency as Recency
+from dyninf.kv.retrieval_attention import RetrievalAttention as RetrievalAttention
 from dyninf.kv.shadow_kv import ShadowKV as ShadowKV
 from dyninf.kv.snap_kv import SnapKV as SnapKV
 from dyninf.kv.token_select import TokenSelect as TokenSelect

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from dyninf.cache import CacheSpec, OwnCache
+from dyninf.cache import CacheSpec
+from dyninf.own_cache import OwnCache
 from dyninf.pytree import pytree
 from pallas_kernels import page_scores
 
@@ -113,7 +114,7 @@ class PageScorer:
 
         Args:
             q_BTNH: queries, rotated.
-            num_pages_B: pages before that of the newest token, which is read in any case.
+            num_pages_B: pages to score, from the first on.
         """
         if self.reduce is None:
             raise NotImplementedError(f"expected {type(self).__name__} to define score or reduce")
@@ -131,6 +132,14 @@ class PageScorer:
             entry: keys of one token ``[1, 1, K, H]`` and their dtype.
         """
         raise NotImplementedError(f"expected {type(self).__name__} to define own_cache")
+
+    def arrange(self, obs: PromptKV, sinks: int, recent: int) -> jax.Array | None:
+        """Return which token of the prompt each slot holds ``[B, T, K]``, ``None`` for the order of the text.
+
+        Each head's is a permutation that leaves in their places the first ``sinks`` tokens of a prompt, its last
+        ``recent`` ones and the padding behind them.
+        """
+        return None
 
     def validate(self) -> None:
         """Raise ValueError if a parameter is out of its range."""

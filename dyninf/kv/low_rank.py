@@ -12,8 +12,8 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from dyninf.cache import OwnCache
 from dyninf.kv.rotary import angles, turn
+from dyninf.own_cache import OwnCache
 from dyninf.pytree import pytree
 from pallas_kernels import decode_attention
 

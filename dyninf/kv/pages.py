@@ -3,7 +3,8 @@
 Page p of a cache holds the slots from ``p * page_size`` on. The summary of a page is computed from the keys that the
 cache holds, after a prompt for all of them and after a step for the page that was written, so that it follows from the
 cache alone: a state that is rolled back to fewer tokens makes it anew with the next token of the page. Slots that hold
-no key (``fill="mask"``) are left out.
+no key (``fill="mask"``) are left out. A choice follows from the scores of this step, or from remembered ones
+(:mod:`dyninf.kv.choice`).
 
 Layers read everything, and hold no summary, where the budget covers the whole cache or ``dense_layers`` says so.
 """
@@ -14,9 +15,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from dyninf.cache import CacheSpec, KVCache, LayerCache, OwnCache
-from dyninf.kv.base import ReadAll
+from dyninf.cache import CacheSpec, KVCache, LayerCache
+from dyninf.kv.base import PromptKV, ReadAll
 from dyninf.kv.top_k import TopK
+from dyninf.own_cache import OwnCache
 from pallas_kernels import KVIndex, summarize_page, summarize_pages, topk_pages
 
 TILE = 8  # kernels take pages by so many
@@ -64,6 +66,21 @@ def made_for(cache: KVCache, select: TopK | ReadAll) -> bool:
         return not any(owning)
     own = tuple(isinstance(layer, OwnCache) for layer in cache.layers)
     return own == owning and all(layer.fits(select) for layer in cache.own)
+
+
+def arrange_prompt(cache: LayerCache, select: TopK | ReadAll, obs: PromptKV) -> PromptKV:
+    """Return a prompt with its keys and values in the order of their slots in a layer; ``obs`` itself for the text's.
+
+    Attention does not ask for the order of keys. Once they are arranged, a state may be rolled back to the end of the
+    prompt, never into it.
+    """
+    if cache is None or cache.summary is None:
+        return obs
+    order_BTK = select.scorer.arrange(obs, select.sinks, select.recent)
+    if order_BTK is None:
+        return obs
+    k, v = (jnp.take_along_axis(part, order_BTK[..., None], axis=1) for part in (obs.k_BTKH, obs.v_BTKH))
+    return dataclasses.replace(obs, k_BTKH=k, v_BTKH=v)
 
 
 def summarize_prompt(cache: LayerCache, select: TopK | ReadAll, length: int, lengths_B: jax.Array) -> LayerCache:
@@ -129,7 +146,9 @@ def choose_pages(
         raise ValueError(f"expected one new token of each sequence for a plan that selects, got {q_BTNH.shape[1]}")
     size = select.scorer.page_size
     whole_B = positions_BT[:, 0] // size
-    if scores_BKP is None:
+    if cache.choice is not None:
+        scores_BKP = cache.choice.scores
+    elif scores_BKP is None:
         scores_BKP = select.scorer.score(q_BTNH, cache.summary, whole_B)
     if window is not None:
         last_P = jnp.arange(cache.summary.shape[1]) * size + size - 1

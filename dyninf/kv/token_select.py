@@ -9,8 +9,8 @@ With ``page_size=1`` pages are tokens, as in the paper, at the price of a summar
 whole in each step; larger pages cost ``1 / page_size`` of that. Differences from the paper's code: keys are rotated
 (there not, and the query by its place in the local window), positions are those of the text, the vote is over all pages
 (there those between the sinks and the recent tokens), and query heads ask the key/value head of their group (there
-``head % num_kv_heads``). The paper's reuse of the last choice while the query has hardly turned, which its code
-switches off, is left out.
+``head % num_kv_heads``). ``TopK(reuse=0.9)`` is the paper's reuse of the last choice while the query has hardly turned,
+which its code switches off (:mod:`dyninf.kv.choice`).
 """
 
 from typing import ClassVar

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dyninf.cache import LayerCache, write_prompt
+from dyninf.depth.base import require_number
 from dyninf.kv.base import KVScorer, PageScorer, PromptKV, StepKV
 from dyninf.kv.mass import attention_mass
 from dyninf.kv.merging import merge_prompt, merge_victim
@@ -17,7 +18,7 @@ from dyninf.pytree import pytree
 LOWEST = -3e38  # of scores that are not a number; above that of slots which hold nothing
 
 
-@pytree(static=("budget", "sinks", "recent", "dense_layers"))
+@pytree(static=("budget", "sinks", "recent", "dense_layers", "share"))
 class TopK:
     """Keep, or read, ``budget`` tokens in every layer: the first and the newest ones, the rest by their scores.
 
@@ -38,6 +39,9 @@ class TopK:
         sinks: first tokens of a sequence that are always kept or read.
         recent: newest tokens that are always kept or read, the current one included (at least 1).
         dense_layers: first layers that read everything; for selection only.
+        reuse: how alike queries must be to those of the last scoring for its scores to serve again, a cosine (-1 to 1);
+            ``None`` to score at every step. For selection only; see :mod:`dyninf.kv.choice`.
+        share: layers in a row that share the scores of the first of them (at least 1); for selection only.
 
     Raises:
         ValueError: from :func:`dyninf.plan.check`, if the budget has no room for sinks and recent tokens.
@@ -48,6 +52,8 @@ class TopK:
     sinks: int = 4
     recent: int = 1
     dense_layers: int = 0
+    reuse: float | None = None
+    share: int = 1
 
     def validate(self, num_layers: int | None = None) -> None:
         """Raise ValueError if a parameter is out of its range for eviction, from a model of so many layers."""
@@ -59,6 +65,10 @@ class TopK:
             raise ValueError(f"expected one budget for each of {num_layers} layers, got {len(budgets)}: {budgets}")
         if self.dense_layers:
             raise ValueError(f"expected dense_layers=0 for TopK that evicts, got {self.dense_layers}")
+        if self.reuse is not None or self.share != 1:
+            raise ValueError(
+                f"expected reuse=None and share=1 for TopK that evicts, got {self.reuse!r} and {self.share!r}"
+            )
         if min(budgets) < self.sinks + self.recent:
             raise ValueError(
                 f"expected a budget of at least sinks + recent = {self.sinks + self.recent} tokens, got {self.budget}; "
@@ -72,6 +82,9 @@ class TopK:
             raise ValueError(f"expected a PageScorer for TopK that selects, got {self.scorer!r}")
         self._validate_sizes(self.budget)
         _require_whole("page_size", self.scorer.page_size, 1)
+        _require_whole("share", self.share, 1)
+        if self.reuse is not None:
+            require_number("reuse", self.reuse, -1.0, 1.0)
         size = self.scorer.page_size
         least = size * (self.sink_pages + self.recent_pages)
         fixed = max(least, -(-self.budget // size) * size)

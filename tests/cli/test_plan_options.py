@@ -24,6 +24,8 @@ from dyninf.configs.plans import plans
         ("exit_first_of", "depth.policies.0.threshold=1", lambda plan: plan.depth.policy.policies[0].threshold == 1.0),
         ("skip_middle", "depth.layers=1", lambda plan: plan.depth.layers == (1,)),
         ("skip_middle", "depth.prompt=true", lambda plan: plan.depth.prompt is True),
+        ("select_votes", "select.reuse=0.8", lambda plan: plan.select.reuse == 0.8),
+        ("select_reused", "select.reuse=1", lambda plan: plan.select.reuse == 1.0),
         ("exit_half", "depth.layer=3", lambda plan: plan.depth.layer == 3),
         ("exit_budget", "depth.thresholds=1,0.5,0", lambda plan: plan.depth.policies[0].thresholds == (1.0, 0.5, 0.0)),
     ],
