@@ -23,10 +23,13 @@ from dyninf.kv import (
     D2O,
     H2O,
     TOVA,
+    ActQKV,
     Critic,
     ExpectedAttention,
     HashEvict,
     KeyNorm,
+    LookOnce,
+    MPCache,
     PageMean,
     Quest,
     Recency,
@@ -122,6 +125,8 @@ def plans(num_layers: int) -> dict[str, Plan]:
         "evict_critic": Plan(evict=TopK(scorer=Critic(), budget=512)),
         # The bits, sinks and recent tokens of the paper's code.
         "evict_hash": Plan(evict=TopK(scorer=HashEvict(), budget=512, recent=10)),
+        # The paper's last fifth of the queries; what is generated stays as long as there is a token of the prompt.
+        "evict_look_once": Plan(evict=TopK(scorer=LookOnce(), budget=512)),
         "evict_tova": Plan(evict=TopK(scorer=TOVA(), budget=512, sinks=0)),
         # Half of the budget for the newest tokens, as in the paper.
         "evict_h2o": Plan(evict=TopK(scorer=H2O(), budget=512, sinks=0, recent=256)),
@@ -135,6 +140,10 @@ def plans(num_layers: int) -> dict[str, Plan]:
         "select_page_mean": Plan(select=TopK(scorer=PageMean(), budget=512, sinks=1)),
         # The paper's shares of sinks and recent tokens, 1/20 and 1/5; pages of 8, the smallest that kernels read.
         "select_votes": Plan(select=TopK(scorer=TokenSelect(), budget=512, sinks=24, recent=96)),
+        # Pages of 16 in clusters of 32, as in the paper's code.
+        "select_mp_cache": Plan(select=TopK(scorer=MPCache(), budget=512)),
+        # The paper's blocks of 32; sinks and recent tokens in its shares of a budget of 2048, 1/32 and a quarter.
+        "select_act_qkv": Plan(select=TopK(scorer=ActQKV(), budget=512, sinks=16, recent=97)),
         # The outliers of the paper's code for a budget of 512, and its four last pages.
         "select_shadow_kv": Plan(select=TopK(scorer=ShadowKV(outliers=12), budget=512, sinks=0, recent=32)),
         # The same with the paper's reuse of a choice while the cosine of the queries is at least 0.9.

@@ -50,7 +50,7 @@ class Choice:
     leads: bool = True
 
 
-@pytree()
+@pytree(static=("reads",))
 class LayerCache:
     """Keys and values of one layer.
 
@@ -61,6 +61,7 @@ class LayerCache:
         scores: of a cache that evicts, what the slots are worth ``[B, S, K]``.
         threshold: of a cache that merges what it evicts, how similar it must be to what is kept ``[B]``.
         summary: of a layer that selects, what is known of the keys of each page ``[B, P, K, X]``.
+        reads: of a layer that selects, the tokens of its own budget, ``None`` for that of all layers.
         choice: of a layer that selects, the scores of pages that it remembers.
     """
 
@@ -72,6 +73,7 @@ class LayerCache:
     threshold: jax.Array | None = None
     summary: jax.Array | None = None
     choice: Choice | None = None
+    reads: int | None = None
 
 
 @pytree()
@@ -132,6 +134,11 @@ class KVCache:
         return tuple(one.choice and (one.choice.leads, one.choice.q is not None) for one in self.layers)
 
     @property
+    def reads(self) -> tuple[int | None, ...]:
+        """Tokens of the budget of each layer that has its own, ``None`` for the others."""
+        return (None,) * len(self.slots) if self.stacked else tuple(getattr(c, "reads", None) for c in self.layers)
+
+    @property
     def merges(self) -> bool:
         """Whether the cache merges what it evicts into what it keeps."""
         return self._first.threshold is not None
@@ -176,6 +183,7 @@ def init_cache(
     merges: bool = False,
     slots: Sequence[int] | None = None,
     summaries: Sequence[tuple[int, int] | None] | None = None,
+    reads: Sequence[int | None] | None = None,
     choices: Sequence[Choice | None] | None = None,
     own: Sequence[OwnCache | None] | None = None,
 ) -> KVCache:
@@ -187,13 +195,14 @@ def init_cache(
         merges: keep a threshold of similarity.
         slots: slots of each layer; ``None`` for the capacity everywhere.
         summaries: pages and numbers ``(P, X)`` of the summary of each layer, ``None`` for layers that have none.
+        reads: tokens of the budget of each layer that has its own, ``None`` for the others.
         choices: what each layer remembers of a choice at first, ``None`` for layers that remember none.
         own: empty caches of layers that have one of another kind, ``None`` for the others.
     """
     entry = kv_shape(model)
     dtype = entry.dtype if spec.dtype is None else spec.dtype
 
-    def layer(slots: int, summary: tuple[int, int] | None, choice: Choice | None) -> LayerCache:
+    def layer(slots: int, summary: tuple[int, int] | None, reads: int | None, choice: Choice | None) -> LayerCache:
         shape = (batch, slots, *entry.shape[2:])
         return LayerCache(
             k=jnp.zeros(shape, dtype),
@@ -204,13 +213,15 @@ def init_cache(
             threshold=jnp.full(batch, -jnp.inf) if merges else None,
             summary=None if summary is None else jnp.zeros((batch, summary[0], shape[2], summary[1]), dtype),
             choice=choice,
+            reads=reads,
         )
 
     slots = (spec.capacity,) * len(model.layers) if slots is None else slots
     summaries = (None,) * len(model.layers) if summaries is None else summaries
+    reads = (None,) * len(model.layers) if reads is None else reads
     choices = (None,) * len(model.layers) if choices is None else choices
     own = (None,) * len(model.layers) if own is None else own
-    sizes = zip(slots, summaries, choices, own, strict=True)
+    sizes = zip(slots, summaries, reads, choices, own, strict=True)
     layers = tuple(layer(*plain) if cache is None else cache for *plain, cache in sizes)
     return KVCache(layers=layers, length=jnp.zeros(batch, jnp.int32))
 

@@ -4,11 +4,12 @@ from typing import Any
 
 import jax
 
-from dyninf.cache import KVCache
+from dyninf.cache import CacheSpec, KVCache
 from dyninf.catch_up import Pending
-from dyninf.kv.choice import choice_kinds
-from dyninf.kv.pages import made_for
+from dyninf.kv.choice import choice_kinds, first_choices
+from dyninf.kv.pages import made_for, own_caches, own_reads, summary_sizes
 from dyninf.kv.top_k import TopK, layer_slots, merges
+from dyninf.model import CausalLM, kv_shape
 from dyninf.plan import Plan, catches_up, leaves_gaps
 from dyninf.pytree import pytree
 from dyninf.stats import StepStats
@@ -53,6 +54,26 @@ class Generation:
     lengths: jax.Array
     stopped: jax.Array
     stats: StepStats
+
+
+def cache_layout(plan: Plan, model: CausalLM, batch: int, length: int, spec: CacheSpec) -> dict[str, Any]:
+    """Return what :func:`dyninf.cache.init_cache` has to know to make the caches of a plan.
+
+    Args:
+        length: tokens of the prompts, padding included.
+    """
+    num_layers, entry = len(model.layers), kv_shape(model)
+    sizes = summary_sizes(plan.select, num_layers, spec.capacity, entry.shape[-1])
+    return {
+        "track_valid": leaves_gaps(plan),
+        "evicts": isinstance(plan.evict, TopK),
+        "merges": merges(plan.evict),
+        "slots": layer_slots(plan.evict, num_layers, spec.capacity),
+        "summaries": sizes,
+        "reads": own_reads(plan.select, sizes),
+        "choices": first_choices(plan.select, sizes, model, batch),
+        "own": own_caches(plan.select, num_layers, entry, batch, length, spec),
+    }
 
 
 def check_state(state: DecodeState, plan: Plan, num_layers: int) -> None:

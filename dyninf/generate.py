@@ -17,16 +17,15 @@ import numpy as np
 from dyninf.attention import attend_cached, attend_prompt
 from dyninf.cache import CacheSpec, advance, init_cache, list_caches, stack_caches
 from dyninf.catch_up import no_pending
-from dyninf.decode_state import DecodeState, Generation, check_state
+from dyninf.decode_state import DecodeState, Generation, cache_layout, check_state
 from dyninf.depth_loop import Driver, check_driver, default_driver, run_layers, run_static
 from dyninf.indexed import is_indexed
 from dyninf.kv.base import KeepAll, ReadAll
-from dyninf.kv.choice import first_choices
-from dyninf.kv.pages import mean_left_out, mean_read, own_caches, summary_sizes
-from dyninf.kv.top_k import TopK, layer_slots, merges
+from dyninf.kv.pages import mean_left_out, mean_read
+from dyninf.kv.top_k import TopK
 from dyninf.layer_run import LayerRun
-from dyninf.model import CausalLM, kv_shape, readout_of
-from dyninf.plan import Plan, catches_up, check, leaves_gaps, propagates
+from dyninf.model import CausalLM, readout_of
+from dyninf.plan import Plan, catches_up, check, propagates
 from dyninf.prompts import PAD, check_key, check_prompts, stop_matrix
 from dyninf.stats import StepStats
 
@@ -61,12 +60,7 @@ def prefill(
         raise ValueError(f"expected a cache of at least {length} slots for this prompt, got {spec.capacity}")
     positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
     live_BT = positions_BT < lengths[:, None]
-    layout = {"track_valid": leaves_gaps(plan), "evicts": isinstance(plan.evict, TopK), "merges": merges(plan.evict)}
-    layout["slots"] = layer_slots(plan.evict, num_layers, spec.capacity)
-    layout["summaries"] = summary_sizes(plan.select, num_layers, spec.capacity, kv_shape(model).shape[-1])
-    layout["choices"] = first_choices(plan.select, layout["summaries"], model, batch)
-    layout["own"] = own_caches(plan.select, num_layers, kv_shape(model), batch, length, spec)
-    cache = init_cache(model, batch, spec, **layout)
+    cache = init_cache(model, batch, spec, **cache_layout(plan, model, batch, length, spec))
     run = LayerRun(
         positions_BT=positions_BT,
         step_BT=jnp.zeros((batch, length), jnp.int32),

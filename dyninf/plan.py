@@ -123,7 +123,7 @@ def _check_cache(plan: Plan, num_layers: int) -> None:
                 "some tokens"
             )
     if isinstance(plan.select, TopK):
-        plan.select.validate_selection()
+        plan.select.validate_selection(num_layers)
         if isinstance(plan.evict, TopK):
             raise NotImplementedError(
                 "expected evict=KeepAll() for a plan that selects: slots of a cache that evicts are in no order, so "

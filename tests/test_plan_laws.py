@@ -40,8 +40,9 @@ PLANS = {**plans(L), "exit_catch_up": Plan(depth=every(Confidence(threshold=0.9)
 NAMES = sorted(PLANS)
 STATIC = {name for name in NAMES if PLANS[name].depth.static_layers(L) is not None}
 # Differ from a plan beside them by how they score alone: held to the laws in slow runs.
-ALIKE = {"exit_entropy", "exit_margin", "exit_mue", "select_long", "select_page_mean", "select_retrieval"}
-ALIKE |= {"select_votes"} | {f"evict_{scorer}" for scorer in ("critic", "expected", "key_norm", "snap_kv", "tova")}
+ALIKE = {"exit_entropy", "exit_margin", "exit_mue"}
+ALIKE |= {f"select_{scorer}" for scorer in ("act_qkv", "long", "mp_cache", "page_mean", "retrieval", "votes")}
+ALIKE |= {f"evict_{scorer}" for scorer in ("critic", "expected", "key_norm", "look_once", "snap_kv", "tova")}
 # One plan of each kind, to save time.
 ALONE = ("decay_power", "dense", "exit_catch_up", "exit_confidence_masked", "exit_first_of")
 COMPACT = ("decay_power", "exit_confidence")

@@ -1,5 +1,8 @@
 """Cache policies: what the KV cache keeps, and what a decode step reads of it."""
 
+from dyninf.kv.act_qkv import ActQKV as ActQKV
+from dyninf.kv.act_qkv import entropy_budgets as entropy_budgets
+from dyninf.kv.act_qkv import score_entropies as score_entropies
 from dyninf.kv.base import KeepAll as KeepAll
 from dyninf.kv.base import KVScorer as KVScorer
 from dyninf.kv.base import PageScorer as PageScorer
@@ -13,6 +16,8 @@ from dyninf.kv.expected_attention import ExpectedAttention as ExpectedAttention
 from dyninf.kv.h2o import H2O as H2O
 from dyninf.kv.hash_evict import HashEvict as HashEvict
 from dyninf.kv.key_norm import KeyNorm as KeyNorm
+from dyninf.kv.mp_cache import LookOnce as LookOnce
+from dyninf.kv.mp_cache import MPCache as MPCache
 from dyninf.kv.page_mean import PageMean as PageMean
 from dyninf.kv.pyramid_kv import pyramid_budgets as pyramid_budgets
 from dyninf.kv.quest import Quest as Quest

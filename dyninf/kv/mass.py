@@ -41,6 +41,25 @@ def prompt_mass(q_BTNH: jax.Array, k_BTKH: jax.Array, lengths_B: jax.Array, *, l
     )[0]
 
 
+def prompt_peak(q_BTNH: jax.Array, k_BTKH: jax.Array, lengths_B: jax.Array, last_B: jax.Array) -> jax.Array:
+    """Return the most attention that one of the last ``last_B`` queries of a prompt pays to each token ``[B, T, K]``.
+
+    A mean over the query heads of a group. Takes time quadratic in T, whatever ``last_B`` is.
+    """
+    length = k_BTKH.shape[1]
+    slot_T = jnp.arange(length)
+
+    def chunk(peak_BTK: jax.Array, asking_W: jax.Array) -> tuple[jax.Array, None]:
+        looks_BW = (asking_W[None] < lengths_B[:, None]) & (asking_W[None] >= (lengths_B - last_B)[:, None])
+        readable_BWT = looks_BW[:, :, None] & (slot_T[None] <= asking_W[:, None])[None]
+        q_BWNH = jnp.take(q_BTNH, jnp.minimum(asking_W, length - 1), axis=1)
+        paid_BWTK = jnp.mean(_probabilities(q_BWNH, k_BTKH, readable_BWT[..., None]), axis=-1)
+        return jnp.maximum(peak_BTK, jnp.max(paid_BWTK, axis=1)), None
+
+    chunks = jnp.arange(0, length, CHUNK)[:, None] + jnp.arange(min(CHUNK, length))[None]
+    return jax.lax.scan(chunk, jnp.zeros(k_BTKH.shape[:3], jnp.float32), chunks)[0]
+
+
 def prompt_entropy(q_BTNH: jax.Array, k_BTKH: jax.Array) -> jax.Array:
     """Return the entropy (nats) of what each token of a prompt attends to, a mean over all heads ``[B, T]``.
 

@@ -24,16 +24,32 @@ from pallas_kernels import KVIndex, summarize_page, summarize_pages, topk_pages
 TILE = 8  # kernels take pages by so many
 
 
+def layer_budgets(select: TopK, num_layers: int) -> tuple[int, ...]:
+    """Return the tokens that a step reads of each layer at most."""
+    return select.budget if isinstance(select.budget, tuple) else (select.budget,) * num_layers
+
+
 def summary_sizes(
     select: TopK | ReadAll, num_layers: int, capacity: int, head_dim: int
 ) -> tuple[tuple[int, int] | None, ...]:
     """Return the pages and numbers ``(P, X)`` of each layer's summary, ``None`` for layers that have none."""
-    if isinstance(select, ReadAll) or select.scorer.owns_cache or select.budget >= capacity:
+    if isinstance(select, ReadAll) or select.scorer.owns_cache:
         return (None,) * num_layers
     pages = -(-capacity // (select.scorer.page_size * TILE)) * TILE
     size = (pages, head_dim if select.scorer.kind == "mean" else 2 * head_dim)
-    dense = min(select.dense_layers, num_layers)
-    return (None,) * dense + (size,) * (num_layers - dense)
+    budgets = enumerate(layer_budgets(select, num_layers))
+    return tuple(size if layer >= select.dense_layers and budget < capacity else None for layer, budget in budgets)
+
+
+def own_reads(select: TopK | ReadAll, sizes: Sequence[tuple[int, int] | None]) -> tuple[int | None, ...]:
+    """Return the tokens that a step reads of each layer that selects by a budget of its own, ``None`` for the others.
+
+    Args:
+        sizes: of the summaries, as :func:`summary_sizes` returns them.
+    """
+    if isinstance(select, ReadAll) or not isinstance(select.budget, tuple):
+        return (None,) * len(sizes)
+    return tuple(None if size is None else budget for size, budget in zip(sizes, select.budget, strict=True))
 
 
 def own_layers(select: TopK | ReadAll, num_layers: int, capacity: int) -> tuple[bool, ...]:
@@ -59,7 +75,8 @@ def own_caches(
 def made_for(cache: KVCache, select: TopK | ReadAll) -> bool:
     """Return whether the caches of all layers hold what these settings need."""
     num_layers, capacity = len(cache.slots), cache.capacity
-    if cache.summary_sizes != summary_sizes(select, num_layers, capacity, cache.head_dim):
+    sizes = summary_sizes(select, num_layers, capacity, cache.head_dim)
+    if cache.summary_sizes != sizes or cache.reads != own_reads(select, sizes):
         return False
     owning = own_layers(select, num_layers, capacity)
     if cache.stacked:
@@ -157,7 +174,7 @@ def choose_pages(
     return topk_pages(
         scores_BKP,
         whole_B + 1,
-        k=select.budget // size,
+        k=(select.budget if cache.reads is None else cache.reads) // size,
         page_size=size,
         sinks=select.sink_pages,
         recent=select.recent_pages,
@@ -172,12 +189,13 @@ def mean_read(select: TopK | ReadAll, sizes: Sequence[tuple[int, int] | None], l
     Args:
         sizes: of the summaries, as :func:`summary_sizes` returns them.
     """
-    selecting = sum(size is not None for size in sizes)
-    if not selecting:
+    if all(size is None for size in sizes):
         return live_B
     page_size = select.scorer.page_size
-    left_out_B = jnp.maximum(jnp.ceil(live_B / page_size) * page_size - select.budget, 0)
-    return live_B - left_out_B * (selecting / len(sizes))
+    held_B, left_out_B = jnp.ceil(live_B / page_size) * page_size, jnp.zeros(live_B.shape)
+    for size, budget in zip(sizes, layer_budgets(select, len(sizes)), strict=True):
+        left_out_B += 0.0 if size is None else jnp.maximum(held_B - budget, 0)
+    return live_B - left_out_B / len(sizes)
 
 
 def mean_left_out(select: TopK | ReadAll, cache: KVCache) -> jax.Array:

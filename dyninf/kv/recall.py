@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from dyninf.cache import LayerCache, write_prompt
 from dyninf.kv.base import PromptKV
 from dyninf.kv.mass import attention_mass
-from dyninf.kv.pages import arrange_prompt, choose_pages, summarize_prompt, summary_sizes
+from dyninf.kv.pages import arrange_prompt, choose_pages, layer_budgets, summarize_prompt, summary_sizes
 from dyninf.kv.top_k import TopK
 from dyninf.pytree import pytree
 
@@ -44,7 +44,8 @@ def page_recall(select: TopK, obs: PromptKV, q_BQNH: jax.Array, *, top: int = 32
         ValueError: if the selection is out of range or its budget covers the whole prompt.
     """
     select = dataclasses.replace(select, dense_layers=0)
-    select.validate_selection()
+    select.validate_selection(1)
+    select = dataclasses.replace(select, budget=layer_budgets(select, 1)[0])
     if not isinstance(top, int) or top < 1:
         raise ValueError(f"expected top to be a whole number of at least 1 key, got {top!r}")
     batch, length, num_kv, dim = obs.k_BTKH.shape

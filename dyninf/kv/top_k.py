@@ -34,8 +34,8 @@ class TopK:
 
     Args:
         scorer: the method; a :class:`KVScorer` evicts, a :class:`PageScorer` selects.
-        budget: tokens of a layer that are kept or read at most, the current one included; for eviction also one number
-            for each layer. For selection a multiple of the page size.
+        budget: tokens of a layer that are kept or read at most, the current one included, or one number for each layer.
+            For selection multiples of the page size.
         sinks: first tokens of a sequence that are always kept or read.
         recent: newest tokens that are always kept or read, the current one included (at least 1).
         dense_layers: first layers that read everything; for selection only.
@@ -59,10 +59,7 @@ class TopK:
         """Raise ValueError if a parameter is out of its range for eviction, from a model of so many layers."""
         if not isinstance(self.scorer, KVScorer):
             raise ValueError(f"expected a KVScorer for TopK that evicts, got {self.scorer!r}")
-        budgets = self.budget if isinstance(self.budget, tuple) else (self.budget,)
-        self._validate_sizes(*budgets)
-        if isinstance(self.budget, tuple) and num_layers not in (None, len(budgets)):
-            raise ValueError(f"expected one budget for each of {num_layers} layers, got {len(budgets)}: {budgets}")
+        budgets = self._validate_budgets(num_layers)
         if self.dense_layers:
             raise ValueError(f"expected dense_layers=0 for TopK that evicts, got {self.dense_layers}")
         if self.reuse is not None or self.share != 1:
@@ -76,22 +73,24 @@ class TopK:
             )
         self.scorer.validate()
 
-    def validate_selection(self) -> None:
-        """Raise ValueError if a parameter is out of its range for selection."""
+    def validate_selection(self, num_layers: int | None = None) -> None:
+        """Raise ValueError if a parameter is out of its range for selection, from a model of so many layers."""
         if not isinstance(self.scorer, PageScorer):
             raise ValueError(f"expected a PageScorer for TopK that selects, got {self.scorer!r}")
-        self._validate_sizes(self.budget)
+        budgets = self._validate_budgets(num_layers)
+        if isinstance(self.budget, tuple) and self.scorer.owns_cache:
+            raise ValueError(f"expected one budget for all layers for {type(self.scorer).__name__}, got {self.budget}")
         _require_whole("page_size", self.scorer.page_size, 1)
         _require_whole("share", self.share, 1)
         if self.reuse is not None:
             require_number("reuse", self.reuse, -1.0, 1.0)
         size = self.scorer.page_size
         least = size * (self.sink_pages + self.recent_pages)
-        fixed = max(least, -(-self.budget // size) * size)
-        if self.budget % size or self.budget < least:
+        fixed = tuple(max(least, -(-budget // size) * size) for budget in budgets)
+        if budgets != fixed:
             raise ValueError(
                 f"expected a budget that is a multiple of page_size={size} and at least {least} tokens, the pages of "
-                f"sinks={self.sinks} and recent={self.recent}, got {self.budget}; use {fixed}"
+                f"sinks={self.sinks} and recent={self.recent}, got {self.budget}; use {self._as_given(fixed)}"
             )
         self.scorer.validate()
 
@@ -200,11 +199,19 @@ class TopK:
         changed_BSK = held_BSK & active_BT[:, :, None]
         return dataclasses.replace(cache, scores=jnp.where(changed_BSK, scores_BSK, cache.scores))
 
-    def _validate_sizes(self, *budgets: int) -> None:
+    def _validate_budgets(self, num_layers: int | None) -> tuple[int, ...]:
+        """Return the budgets; raise ValueError if they or the other sizes are no whole numbers in their range."""
+        budgets = self.budget if isinstance(self.budget, tuple) else (self.budget,)
         for budget in budgets:
             _require_whole("budget", budget, 1)
         for name, least in (("sinks", 0), ("recent", 1), ("dense_layers", 0)):
             _require_whole(name, getattr(self, name), least)
+        if isinstance(self.budget, tuple) and num_layers not in (None, len(budgets)):
+            raise ValueError(f"expected one budget for each of {num_layers} layers, got {len(budgets)}: {budgets}")
+        return budgets
+
+    def _as_given(self, budgets: tuple[int, ...]) -> int | tuple[int, ...]:
+        return budgets if isinstance(self.budget, tuple) else budgets[0]
 
     def _forced(self, positions: jax.Array, length: jax.Array) -> jax.Array:
         """Return which positions of sequences of this length are kept whatever their score."""
