@@ -140,17 +140,18 @@ def plans(num_layers: int) -> dict[str, Plan]:
         "select_page_mean": Plan(select=TopK(scorer=PageMean(), budget=512, sinks=1)),
         # The paper's shares of sinks and recent tokens, 1/20 and 1/5; pages of 8, the smallest that kernels read.
         "select_votes": Plan(select=TopK(scorer=TokenSelect(), budget=512, sinks=24, recent=96)),
-        # Pages of 16 in clusters of 32, as in the paper's code.
-        "select_mp_cache": Plan(select=TopK(scorer=MPCache(), budget=512)),
-        # The paper's blocks of 32; sinks and recent tokens in its shares of a budget of 2048, 1/32 and a quarter.
-        "select_act_qkv": Plan(select=TopK(scorer=ActQKV(), budget=512, sinks=16, recent=97)),
-        # The outliers of the paper's code for a budget of 512, and its four last pages.
-        "select_shadow_kv": Plan(select=TopK(scorer=ShadowKV(outliers=12), budget=512, sinks=0, recent=32)),
         # The same with the paper's reuse of a choice while the cosine of the queries is at least 0.9.
         "select_reused": Plan(select=TopK(scorer=TokenSelect(), budget=512, sinks=24, recent=96, reuse=0.9)),
         # select_quest with one scoring for two adjacent layers, as MPCache shares: half of the summaries are read.
         "select_shared": Plan(select=TopK(scorer=Quest(), budget=512, sinks=0, dense_layers=2, share=2)),
+        # Pages of 16 in clusters of 32, as in the paper's code.
+        "select_mp_cache": Plan(select=TopK(scorer=MPCache(), budget=512)),
+        # The paper's blocks of 32; sinks and recent tokens in its shares of a budget of 2048, 1/32 and a quarter.
+        "select_act_qkv": Plan(select=TopK(scorer=ActQKV(), budget=512, sinks=16, recent=97)),
         # Sinks and recent tokens in proportion to the paper's 128 and 512 beside 2000 retrieved keys; with 64 centroids
         # means of 8 catch 1.9 times as many of the best keys of recall-6m as in the order of the text.
         "select_retrieval": Plan(select=TopK(scorer=RetrievalAttention(), budget=512, sinks=24, recent=96)),
+        # Half of the 128 directions of the shipped model's keys, 98 % of their squares; the outliers of the paper's
+        # code for a budget of 512, and its four last pages. The rotation is that of evict_expected.
+        "select_shadow_kv": Plan(select=TopK(scorer=ShadowKV(rank=64, outliers=12), budget=512, sinks=0, recent=32)),
     }

@@ -17,13 +17,14 @@ memory, and the time of what is not chosen. All of it is plain JAX: one sort of 
 values, and attention over the copies.
 
 The factors are exact where ``rank`` is at least ``K * H``, whatever the rotation: one that is not the model's costs
-accuracy only. Layers stay dense where the budget covers the whole cache.
+accuracy only. Layers stay dense where the budget covers the whole cache. Only prompts are approximated: a text that is
+fed token by token (:func:`dyninf.forward` without ``prompt_lengths``, the quality of ``dyninf compare``) is exact.
 
 Differences from the authors' code: prompts of any lengths share a batch; what is a prompt is known, not guessed from
 the number of queries; the scale is ``sqrt(H)``, not ``sqrt(128)``; singular values are kept with ``u``; a prompt of few
-pages is read whole. Values stay on the device. A program can gather from pinned host memory where the indices are
-there too, but XLA's GPU compiler turns that into work of the host's processor, which is not what the paper's kernel
-does, so that there is no option for it.
+pages is read whole. Values stay on the device: a program can gather
+from pinned host memory only where the indices are there too, and XLA announces such operations on a GPU as work of the
+host's processor, which is not what the paper's kernel does, so that there is no option for it.
 """
 
 from typing import Any, ClassVar

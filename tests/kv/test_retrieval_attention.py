@@ -179,7 +179,7 @@ def test_windows_are_refused():
     sizes = {"d_model": 16, "d_ff": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "max_length": 64}
     model = Transformer(ModelConfig(vocab_size=61, num_layers=2, windows=(6, 5), **sizes), jax.random.key(1))
     plan = Plan(select=TopK(scorer=RetrievalAttention(page_size=2), budget=8))
-    with pytest.raises(NotImplementedError, match="arranges what it selects from .* got a window of 6"):
+    with pytest.raises(NotImplementedError, match=r"arranges what it selects from .* got a window of 6"):
         generate(model, np.zeros((1, 15), np.int32), plan, max_new_tokens=2)
 
 
