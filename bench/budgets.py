@@ -173,6 +173,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"expected --policies among {', '.join(known)}, got {', '.join(unknown)}")
     try:
         arguments.budgets = [int(part) for part in arguments.budgets.split(",")]
+    except ValueError:
+        parser.error(f"expected --budgets as numbers separated by commas, such as 2,4, got {arguments.budgets!r}")
+    try:
         check_positive(length=arguments.length, samples=arguments.samples, batch=arguments.batch)
         check_output(arguments.jsonl)
     except ValueError as error:
