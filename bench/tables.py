@@ -2,10 +2,11 @@
 
 import json
 import re
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from bench import selection_tables
+from bench import budget_tables, selection_tables
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -257,6 +258,17 @@ def selection_table(kind: str) -> str:
     return _table(head, lines) + note
 
 
+def budgets_table(study: str) -> str:
+    """Return quality against the budget of every cache policy."""
+    if not (RESULTS / f"budgets_{study}.jsonl").is_file():
+        return f"No rows in `results/budgets_{study}.jsonl`.\n"
+    rows = read_rows(f"budgets_{study}")
+    about = f"{rows[0]['device']}, {rows[0]['dtype']}, jax {rows[0]['jax']}, {_commits(rows)}.\n"
+    return "\n".join(
+        f"{_table(head, lines)}\n{note} {about}" for head, lines, note in budget_tables.tables(study, rows)
+    )
+
+
 def read_rows(name: str) -> list[dict]:
     return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -282,4 +294,5 @@ TABLES = {
     "stops": stops_table,
     "selection_decode": lambda: selection_table("decode"),
     "selection_step": lambda: selection_table("step"),
+    **{f"budgets_{study}": partial(budgets_table, study) for study in ("tasks", "nll", "mass")},
 }

@@ -1,0 +1,124 @@
+"""What a cache policy leaves of attention, layer by layer, on the exact states of a model.
+
+A text runs dense. Its prompt, all tokens but the last one, is put into caches under the plan, and in each layer the
+last token attends to them as a decode step does: evicting policies are judged right after they compressed the prompt,
+not knowing the query, selecting ones by what they choose for it. No error of a layer reaches the next one.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+import dyninf
+from dyninf.attention import attend_cached
+from dyninf.cache import LayerCache
+from dyninf.kv.pages import choose_pages
+from dyninf.models import Transformer
+from dyninf.pytree import pytree
+from dyninf.tasks import attention_mass_recall, keep_most_attended, kept_per_head, output_error
+from pallas_kernels import prefill_attention
+
+SLOT_MULTIPLE = 8  # what kernels that read pages take at once
+
+
+@pytree()
+class Attended:
+    """What the last token of each text reads of the exact attention in each layer.
+
+    Attributes:
+        recall: share of the exact probability on what is read ``[L, B]``, a mean over the heads. Tokens that were
+            merged into others count as not read.
+        error: ``|o - o_exact| / |o_exact|`` of the attention outputs ``[L, B]``, a mean over the heads.
+        tokens: read ``[L, B]``, a mean over the key/value heads.
+    """
+
+    recall: jax.Array
+    error: jax.Array
+    tokens: jax.Array
+
+
+@jax.jit
+def attended(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, plan: dyninf.Plan) -> Attended:
+    """Return what a plan leaves of the attention of the last of ``lengths_B`` tokens (at least 2).
+
+    Raises:
+        NotImplementedError: if the plan keeps caches of another kind, which do not say what is read.
+    """
+    batch, length = tokens_BT.shape
+    last_B1, one_B1 = lengths_B[:, None] - 1, jnp.ones((batch, 1), bool)
+    spec = dyninf.CacheSpec(capacity=-(-length // SLOT_MULTIPLE) * SLOT_MULTIPLE)
+    # Prompts attend in full whatever the plan, so that its caches come from exact states.
+    _, state = dyninf.prefill(model, tokens_BT, lengths_B - 1, plan, spec, jax.random.key(0))
+    if other := [cache for cache in state.cache.layers if not isinstance(cache, LayerCache)]:
+        raise NotImplementedError(f"expected plain caches, got {type(other[0]).__name__}; leave this policy out")
+    step = attend_cached(last_B1, one_B1, plan.evict, plan.select, write_inactive=True)
+
+    def judge(layer, q_BTNH, k_BTKH, v_BTKH, exact_BTNH):
+        q_B1NH, k_B1KH, v_B1KH, exact_B1NH = (_at(last_B1, x) for x in (q_BTNH, k_BTKH, v_BTKH, exact_BTNH))
+        o_B1NH, cache = step(state.cache.layers[layer], one_B1)(q_B1NH, k_B1KH, v_B1KH)
+        kept_BKT = _kept(cache, plan, q_B1NH, last_B1, length)
+        recall_B1N = attention_mass_recall(q_B1NH, k_BTKH, kept_BKT, positions_BT=last_B1)
+        moved_B1N, size_B1N = (
+            jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for x in (o_B1NH - exact_B1NH, exact_B1NH)
+        )
+        return recall_B1N, moved_B1N / size_B1N, kept_per_head(kept_BKT)
+
+    return _judged(model, tokens_BT, lengths_B, judge)
+
+
+@functools.partial(jax.jit, static_argnames=("budget",))
+def most_attended(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, budget: int) -> Attended:
+    """Return what the ``budget`` tokens of each key/value head leave that get most of the last token's attention."""
+    last_B1 = lengths_B[:, None] - 1
+
+    def judge(layer, q_BTNH, k_BTKH, v_BTKH, exact_BTNH):
+        q_B1NH = _at(last_B1, q_BTNH)
+        kept_BKT = keep_most_attended(q_B1NH, k_BTKH, budget, positions_BT=last_B1)
+        recall_B1N = attention_mass_recall(q_B1NH, k_BTKH, kept_BKT, positions_BT=last_B1)
+        error_B1N = output_error(q_B1NH, k_BTKH, v_BTKH, kept_BKT, positions_BT=last_B1)
+        return recall_B1N, error_B1N, kept_per_head(kept_BKT)
+
+    return _judged(model, tokens_BT, lengths_B, judge)
+
+
+def _judged(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, judge: Callable) -> Attended:
+    """Run a text dense and judge every layer by its queries, keys, values and exact attention."""
+    x_BTD, judged = model.embed(tokens_BT), []
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    for number, layer in enumerate(model.layers):
+
+        def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None, number=number):
+            if window is not None:
+                raise NotImplementedError(f"expected full attention in every layer, got a window of {window} tokens")
+            exact_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B)
+            return exact_BTNH, judge(number, q_BTNH, k_BTKH, v_BTKH, exact_BTNH)
+
+        x_BTD, numbers = layer(x_BTD, positions_BT, attend)
+        judged.append([jnp.mean(x.reshape(x.shape[0], -1).astype(jnp.float32), axis=1) for x in numbers])
+    recall, error, tokens = (jnp.stack(parts) for parts in zip(*judged, strict=True))
+    return Attended(recall=recall, error=error, tokens=tokens)
+
+
+def _kept(cache: LayerCache, plan: dyninf.Plan, q_B1NH: jax.Array, last_B1: jax.Array, length: int) -> jax.Array:
+    """Return which tokens of the text a step reads in a layer ``[B, K, T]``, from what the cache holds after it."""
+    batch, _, num_kv, _ = cache.k.shape
+    rows, heads = jnp.arange(batch)[:, None, None], jnp.arange(num_kv)[None, :, None]
+    if cache.positions is not None:
+        positions_BKS = jnp.moveaxis(cache.positions, 1, 2)
+        at_BKS = jnp.where(positions_BKS < 0, length, positions_BKS)  # dropped
+        return jnp.zeros((batch, num_kv, length), bool).at[rows, heads, at_BKS].set(True, mode="drop")
+    seen_BKT = jnp.broadcast_to((jnp.arange(length)[None] <= last_B1)[:, None], (batch, num_kv, length))
+    index = choose_pages(cache, plan.select, q_B1NH, last_B1)
+    if index is None:
+        return seen_BKT
+    num_pages = -(-length // index.page_size)
+    real_BKM = jnp.arange(index.pages.shape[2])[None, None] < index.counts[:, :, None]
+    at_BKM = jnp.where(real_BKM, index.pages, num_pages)
+    read_BKP = jnp.zeros((batch, num_kv, num_pages), bool).at[rows, heads, at_BKM].set(True, mode="drop")
+    return seen_BKT & jnp.repeat(read_BKP, index.page_size, axis=2)[:, :, :length]
+
+
+def _at(last_B1: jax.Array, x_BTNH: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_BTNH, last_B1[:, :, None, None], axis=1)
