@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import dyninf
 from dyninf.attention import attend_cached
 from dyninf.cache import LayerCache
+from dyninf.kv.choice import lend
 from dyninf.kv.pages import choose_pages
 from dyninf.models import Transformer
+from dyninf.own_cache import OwnCache
 from dyninf.pytree import pytree
 from dyninf.tasks import attention_mass_recall, keep_most_attended, kept_per_head, output_error
 from pallas_kernels import prefill_attention
@@ -29,7 +31,7 @@ class Attended:
 
     Attributes:
         recall: share of the exact probability on what is read ``[L, B]``, a mean over the heads. Tokens that were
-            merged into others count as not read.
+            merged into others count as not read; NaN for caches of a policy's own, which do not tell.
         error: ``|o - o_exact| / |o_exact|`` of the attention outputs ``[L, B]``, a mean over the heads.
         tokens: read ``[L, B]``, a mean over the key/value heads.
     """
@@ -41,29 +43,28 @@ class Attended:
 
 @jax.jit
 def attended(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, plan: dyninf.Plan) -> Attended:
-    """Return what a plan leaves of the attention of the last of ``lengths_B`` tokens (at least 2).
-
-    Raises:
-        NotImplementedError: if the plan keeps caches of another kind, which do not say what is read.
-    """
+    """Return what a plan leaves of the attention of the last of ``lengths_B`` tokens (at least 2)."""
     batch, length = tokens_BT.shape
     last_B1, one_B1 = lengths_B[:, None] - 1, jnp.ones((batch, 1), bool)
-    spec = dyninf.CacheSpec(capacity=-(-length // SLOT_MULTIPLE) * SLOT_MULTIPLE)
+    spec = dyninf.CacheSpec(capacity=-(-length // SLOT_MULTIPLE) * SLOT_MULTIPLE, generated=1)
     # Prompts attend in full whatever the plan, so that its caches come from exact states.
     _, state = dyninf.prefill(model, tokens_BT, lengths_B - 1, plan, spec, jax.random.key(0))
-    if other := [cache for cache in state.cache.layers if not isinstance(cache, LayerCache)]:
-        raise NotImplementedError(f"expected plain caches, got {type(other[0]).__name__}; leave this policy out")
     step = attend_cached(last_B1, one_B1, plan.evict, plan.select, write_inactive=True)
+    after: list[LayerCache | OwnCache] = []  # the step, the layers so far
 
     def judge(layer, q_BTNH, k_BTKH, v_BTKH, exact_BTNH):
         q_B1NH, k_B1KH, v_B1KH, exact_B1NH = (_at(last_B1, x) for x in (q_BTNH, k_BTKH, v_BTKH, exact_BTNH))
-        o_B1NH, cache = step(state.cache.layers[layer], one_B1)(q_B1NH, k_B1KH, v_B1KH)
-        kept_BKT = _kept(cache, plan, q_B1NH, last_B1, length)
-        recall_B1N = attention_mass_recall(q_B1NH, k_BTKH, kept_BKT, positions_BT=last_B1)
+        o_B1NH, cache = step(lend(after, state.cache.layers[layer]), one_B1)(q_B1NH, k_B1KH, v_B1KH)
+        after.append(cache)
         moved_B1N, size_B1N = (
             jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for x in (o_B1NH - exact_B1NH, exact_B1NH)
         )
-        return recall_B1N, moved_B1N / size_B1N, kept_per_head(kept_BKT)
+        error_B1N = moved_B1N / size_B1N
+        if isinstance(cache, OwnCache):
+            return jnp.full_like(error_B1N, jnp.nan), error_B1N, lengths_B - cache.left_out(plan.select)
+        kept_BKT, held_BTKH = _read(cache, plan, q_B1NH, last_B1, k_BTKH)
+        recall_B1N = attention_mass_recall(q_B1NH, held_BTKH, kept_BKT, positions_BT=last_B1)
+        return recall_B1N, error_B1N, kept_per_head(kept_BKT)
 
     return _judged(model, tokens_BT, lengths_B, judge)
 
@@ -101,23 +102,29 @@ def _judged(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, judg
     return Attended(recall=recall, error=error, tokens=tokens)
 
 
-def _kept(cache: LayerCache, plan: dyninf.Plan, q_B1NH: jax.Array, last_B1: jax.Array, length: int) -> jax.Array:
-    """Return which tokens of the text a step reads in a layer ``[B, K, T]``, from what the cache holds after it."""
-    batch, _, num_kv, _ = cache.k.shape
+def _read(
+    cache: LayerCache, plan: dyninf.Plan, q_B1NH: jax.Array, last_B1: jax.Array, k_BTKH: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return what a step reads of a layer, from the cache after it: a mask ``[B, K, T]``, and the keys it is about.
+
+    These are in the order of the text for a policy that evicts, in that of the slots for one that selects.
+    """
+    batch, length, num_kv, _ = k_BTKH.shape
     rows, heads = jnp.arange(batch)[:, None, None], jnp.arange(num_kv)[None, :, None]
     if cache.positions is not None:
         positions_BKS = jnp.moveaxis(cache.positions, 1, 2)
         at_BKS = jnp.where(positions_BKS < 0, length, positions_BKS)  # dropped
-        return jnp.zeros((batch, num_kv, length), bool).at[rows, heads, at_BKS].set(True, mode="drop")
+        return jnp.zeros((batch, num_kv, length), bool).at[rows, heads, at_BKS].set(True, mode="drop"), k_BTKH
+    held_BTKH = cache.k[:, :length]
     seen_BKT = jnp.broadcast_to((jnp.arange(length)[None] <= last_B1)[:, None], (batch, num_kv, length))
     index = choose_pages(cache, plan.select, q_B1NH, last_B1)
     if index is None:
-        return seen_BKT
+        return seen_BKT, held_BTKH
     num_pages = -(-length // index.page_size)
     real_BKM = jnp.arange(index.pages.shape[2])[None, None] < index.counts[:, :, None]
     at_BKM = jnp.where(real_BKM, index.pages, num_pages)
     read_BKP = jnp.zeros((batch, num_kv, num_pages), bool).at[rows, heads, at_BKM].set(True, mode="drop")
-    return seen_BKT & jnp.repeat(read_BKP, index.page_size, axis=2)[:, :, :length]
+    return seen_BKT & jnp.repeat(read_BKP, index.page_size, axis=2)[:, :, :length], held_BTKH
 
 
 def _at(last_B1: jax.Array, x_BTNH: jax.Array) -> jax.Array:

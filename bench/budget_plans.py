@@ -7,7 +7,8 @@
 - Budgets that differ by layer keep their proportions: what each layer has beyond sinks and recent tokens is scaled
   alike.
 - ``dense_layers`` stay; rows say how many there are.
-- A scorer that takes the rotation of keys back gets the base of the model's.
+- A scorer that takes the rotation of keys back gets the base of the model's. Outliers, pages that are read beside the
+  budget, are scaled with it.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ def plan_with_budget(name: str, budget: int, model: Transformer) -> dyninf.Plan:
     # Where the newest token begins a page, as many recent ones as n pages hold take n + 1.
     recent = min(policy.recent, max(1, (pages // 2 - 1) * page + 1))
     size = _by_layer(policy, budget, sinks + recent) if isinstance(policy.budget, tuple) else pages * page
-    scorer = _rotated(policy.scorer, model)
+    scorer = _fitted(policy, budget, model)
     changed = dataclasses.replace(policy, scorer=scorer, budget=size, sinks=sinks, recent=recent)
     plan = dataclasses.replace(plan, **{field: changed})
     dyninf.check(plan, model)
@@ -69,7 +70,11 @@ def _by_layer(policy: TopK, mean: int, forced: int) -> tuple[int, ...]:
     return tuple(forced + int(tokens * scale) for tokens in own)
 
 
-def _rotated(scorer: Any, model: Transformer) -> Any:
-    """Return the scorer with the model's rotary base, if it has one."""
-    fields = {field.name for field in dataclasses.fields(scorer)}
-    return dataclasses.replace(scorer, theta=model.config.rope_theta) if "theta" in fields else scorer
+def _fitted(policy: TopK, budget: int, model: Transformer) -> Any:
+    """Return the scorer with the model's rotary base and as many outliers as the budget has, if it has these."""
+    scorer, changes = policy.scorer, {}
+    if hasattr(scorer, "theta"):
+        changes["theta"] = model.config.rope_theta
+    if hasattr(scorer, "outliers"):
+        changes["outliers"] = round(scorer.outliers * budget / policy.budget)
+    return dataclasses.replace(scorer, **changes)

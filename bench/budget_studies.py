@@ -86,6 +86,7 @@ def prepare_mass(loaded: Loaded, arguments: argparse.Namespace) -> Measure:
             parts.append(jax.device_get((found.recall, found.error, found.tokens)))
         whole = [np.concatenate(part, axis=1)[:, : len(tokens)] for part in zip(*parts, strict=True)]
         recall, error, read = (round(float(part.mean(dtype=np.float64)), 6) for part in whole)
+        recall = None if np.isnan(recall) else recall
         return {"recall": recall, "error": error, "tokens_read": read, "texts": len(tokens)}
 
     return measure

@@ -74,7 +74,10 @@ _TASKS = (
     "one token each, come from the full context."
 )
 _NLL = "nats a token in the second half of each window, the first half being the prompt / next tokens right, %."
-_MASS = "share of the exact attention of the last token on what is read / relative error of the attention output."
+_MASS = (
+    "share of the exact attention of the last token on what is read (not known of caches in a form of their own) / "
+    "relative error of the attention output."
+)
 
 
 def _tasks_cell(rows: Rows) -> str:
@@ -87,7 +90,10 @@ def _nll_cell(rows: Rows) -> str:
 
 
 def _mass_cell(rows: Rows) -> str:
-    return f"{rows[-1]['recall']:.3f} / {rows[-1]['error']:.3f}" if rows else ""
+    if not rows:
+        return ""
+    recall = "–" if rows[-1]["recall"] is None else f"{rows[-1]['recall']:.3f}"
+    return f"{recall} / {rows[-1]['error']:.3f}"
 
 
 def _of(rows: Rows, policy: str, denominator: int | None) -> Rows:

@@ -26,6 +26,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import jax
+
 import dyninf
 from bench import budget_studies
 from bench.budget_plans import DENSE, plan_with_budget, policy_names, settings
@@ -127,6 +129,7 @@ def _measure_model(name: str, jobs: list[Job], done: set[str], arguments: argpar
             sys.stderr.write(f"{job.policy} at 1/{job.denominator}: {refusal}\n")
             continue
         write_row(row | {"seconds": round(time.perf_counter() - start, 1)}, arguments.jsonl)
+        jax.clear_caches()  # no program serves another row, and a process may hold only so many
 
 
 def _about(job: Job, plan: dyninf.Plan, loaded: Loaded, weights: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,18 +1,23 @@
 """Quality against budget: the rule for budgets, the judge of attention, and the studies on a tiny model."""
 
+import copy
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import dyninf
 from bench import budget_tables, budgets
 from bench.attention_mass import attended, most_attended
 from bench.budget_plans import plan_with_budget, policy_names, settings
 from dyninf import models
-from dyninf.kv import Recency, TopK, pyramid_budgets
+from dyninf.kv import PageScorer, Quest, Recency, ShadowKV, TopK, pyramid_budgets
+from dyninf.models.transformer import replace_layers
+from dyninf.pytree import pytree
 from dyninf.training.data import train_tokenizer
 
 WORDS = ("self", "value", "index", "total", "result", "item", "node", "left", "right", "count", "name", "path")
@@ -83,6 +88,8 @@ def test_budgets_by_layer_keep_their_mean_and_proportions(model):
 
 def test_a_scorer_gets_the_rotation_of_the_model(model):
     assert plan_with_budget("evict_expected", 32, model).evict.scorer.theta == 500.0
+    shadow = plan_with_budget("select_shadow_kv", 128, model).select.scorer
+    assert shadow.theta == 500.0 and shadow.outliers == 3  # of 12 for 512
 
 
 def test_what_is_read_with_the_newest_tokens_alone(model, texts):
@@ -124,6 +131,58 @@ def test_nothing_beats_the_best_choice(model, texts):
     best = most_attended(model, *texts, 16)
     assert np.all(np.asarray(part.tokens) <= 16) and np.all(np.asarray(best.tokens) == 16)
     assert np.all(np.asarray(part.recall) <= np.asarray(best.recall) + 1e-5)
+
+
+@pytree(static=("page_size",))
+class Backwards(PageScorer):
+    """Prompts stored from their last token to the first, of which the first pages are read."""
+
+    kind = "mean"
+
+    page_size: int = 4
+
+    def score(self, q_BTNH, summary_BPKX, num_pages_B):
+        """Return scores that fall from page to page."""
+        batch, pages, num_kv, _ = summary_BPKX.shape
+        return -jnp.broadcast_to(jnp.arange(pages, dtype=jnp.float32), (batch, num_kv, pages))
+
+    def arrange(self, obs, sinks, recent):
+        """Return the prompt backwards, but for its recent tokens and the padding."""
+        slot_BT = jnp.broadcast_to(jnp.arange(obs.k_BTKH.shape[1]), obs.k_BTKH.shape[:2])
+        end_B1 = obs.lengths_B[:, None] - recent
+        order_BT = jnp.where(slot_BT < end_B1, end_B1 - 1 - slot_BT, slot_BT)
+        return jnp.broadcast_to(order_BT[:, :, None], obs.k_BTKH.shape[:3])
+
+
+def test_prompts_in_another_order_than_the_text(model, texts):
+    # Slots 0 to 3 hold tokens 61 to 58; the last page, slots 60 to 63, has tokens 1, 0, 62 and the new one, 63.
+    backwards = dyninf.Plan(select=TopK(scorer=Backwards(), budget=8, sinks=0))
+    ends = dyninf.Plan(evict=TopK(scorer=Recency(), budget=8, sinks=2, recent=6))
+    found, same = (attended(model, *texts, plan) for plan in (backwards, ends))
+    for name in ("recall", "error", "tokens"):
+        np.testing.assert_allclose(getattr(found, name)[:, 0], getattr(same, name)[:, 0], rtol=1e-4)
+
+
+def test_layers_that_take_the_scores_of_the_one_before(model, texts):
+    # All layers alike, and none changes the state: what one scores is what the next would.
+    layer = copy.copy(model.layers[0])
+    layer.wo, layer.w_down = (nnx.Param(0 * weights[...]) for weights in (layer.wo, layer.w_down))
+    layer.wqkv = nnx.Param(50 * layer.wqkv[...])
+    alike = replace_layers(model, nnx.List([layer] * 4))
+    quest = TopK(scorer=Quest(page_size=4), budget=12, sinks=0)
+    alone, shared = (
+        attended(alike, *texts, dyninf.Plan(select=select)) for select in (quest, dataclasses.replace(quest, share=2))
+    )
+    np.testing.assert_allclose(shared.recall, alone.recall, rtol=1e-5)
+    np.testing.assert_allclose(shared.error, alone.error, rtol=1e-3)
+
+
+def test_caches_of_their_own_tell_an_error_and_no_recall(model, texts):
+    shadow = TopK(scorer=ShadowKV(page_size=4, outliers=0, rank=8, theta=500.0), budget=8, sinks=0)
+    found = attended(model, *texts, dyninf.Plan(select=shadow))
+    assert np.all(np.isnan(found.recall)) and np.all(np.asarray(found.error) > 0)
+    # Two pages, the tokens of the prompt behind its whole pages (of 63, 62 and 39), and the last one.
+    np.testing.assert_array_equal(found.tokens, [[8 + 3 + 1, 8 + 2 + 1, 8 + 3 + 1]] * 4)
 
 
 def test_tasks_are_answered_and_a_stopped_run_goes_on(folder, tmp_path, capsys):
@@ -208,6 +267,8 @@ def made_rows(study):
 
 def test_tables_have_policies_down_and_budgets_across():
     cells = {"tasks": "75 / 75", "nll": "1.500 / 60.0", "mass": "0.900 / 0.200"}
+    own = made_rows("mass")[0] | {"recall": None}
+    assert budget_tables.tables("mass", [own])[0][1] == [["select_quest", "– / 0.200"]]
     for study, cell in cells.items():
         ((head, lines, note),) = budget_tables.tables(study, made_rows(study))
         assert head == ["policy", "1/2", "1/8"]
