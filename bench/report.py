@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import budget_tables  # noqa: E402
-from bench.tables import RECIPES, RESULTS, TABLES, read_rows  # noqa: E402
+from bench.rendering import RESULTS, read_rows  # noqa: E402
+from bench.tables import RECIPES, TABLES  # noqa: E402
 
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md", *sorted(ROOT.glob("models/pretrained/*/README.md")))
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)

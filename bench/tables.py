@@ -4,14 +4,9 @@ import json
 import re
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 from bench import budget_tables, selection_tables
-
-RESULTS = Path(__file__).resolve().parent / "results"
-
-# Device copy rate measured on the H200 (bytes read and written); the floor of a step is its bytes over this rate.
-H200_COPY_GB_S = 4140.0
+from bench.rendering import H200_COPY_GB_S, RESULTS, commits, read_rows, table
 
 
 def decode_table() -> str:
@@ -35,7 +30,7 @@ def decode_table() -> str:
     about = rows[0]
     head = ["plan", "batch", "cache filled", "ms/step", "tokens/s", "against dense", "TB/s", "of the floor"]
     note = f"\n{about['device']}, {about['dtype']}, jax {about['jax']}, commit {about['commit']}, random weights.\n"
-    return _table(head, lines) + note
+    return table(head, lines) + note
 
 
 PROGRAMS = {
@@ -74,9 +69,9 @@ def depth_table(name: str) -> str:
     head = ["program", "batch", "layers run", "ms/step", "tokens/s", "against dense (XLA)", "TB/s"]
     note = (
         f"\nLlama-3-8B shape, random weights, {about['filled']} of {about['context']} slots filled, {about['device']}, "
-        f"{about['dtype']}, jax {about['jax']}, {_commits(rows)}.\n"
+        f"{about['dtype']}, jax {about['jax']}, {commits(rows)}.\n"
     )
-    return _table(head, lines) + note
+    return table(head, lines) + note
 
 
 def decisions_table() -> str:
@@ -93,9 +88,9 @@ def decisions_table() -> str:
     head = ["rule", "ms/step", "us a question", "of a layer"]
     note = (
         f"\nAsked before {asked} of {layers:.0f} layers, never leaving; Llama-3-8B shape, batch 1, "
-        f"{rows[0]['device']}, jax {rows[0]['jax']}, {_commits(rows)}.\n"
+        f"{rows[0]['device']}, jax {rows[0]['jax']}, {commits(rows)}.\n"
     )
-    return _table(head, lines) + note
+    return table(head, lines) + note
 
 
 def _described(program: str) -> str:
@@ -105,11 +100,6 @@ def _described(program: str) -> str:
 
 def _kind(program: str) -> str:
     return "compact" if program.startswith("compact_") else re.sub("_(all|half|quarter)$", "", program)
-
-
-def _commits(rows: list[dict]) -> str:
-    found = sorted({row["commit"] for row in rows})
-    return f"commit{'s' * (len(found) > 1)} {' and '.join(found)}"
 
 
 TASKS = ("needle", "multikey_4", "multikey_all", "multivalue", "multiquery", "tracking", "tracking_names", "frequent")
@@ -130,7 +120,7 @@ def recall_table(name: str) -> str:
         f"\nScore in %, {about['samples']} samples of {about['length']} tokens; {when[about['query']]}. "
         f"{about['device']}, {about['dtype']}, jax {about['jax']}.\n"
     )
-    return _table(["plan", "tokens held", *tasks], lines) + note
+    return table(["plan", "tokens held", *tasks], lines) + note
 
 
 def recall_lengths_table() -> str:
@@ -142,7 +132,7 @@ def recall_lengths_table() -> str:
         f"\nAnswers right to the last token, %, by teacher forcing; {about['samples']} samples each, "
         f"{about['device']}, {about['dtype']}, jax {about['jax']}.\n"
     )
-    return _table(["tokens", *TASKS], lines) + note
+    return table(["tokens", *TASKS], lines) + note
 
 
 def compare_table(name: str) -> str:
@@ -162,7 +152,7 @@ def compare_table(name: str) -> str:
     ]
     head = ["plan", "bits/byte", "next token right", "of dense", "layers needed", "ms/token", "against dense"]
     note = f"\n{about['device']}, {about['dtype']}, jax {about['jax']}, {about['tokens']} held-out tokens.\n"
-    return _table(head, lines) + note
+    return table(head, lines) + note
 
 
 def exits_table() -> str:
@@ -177,7 +167,7 @@ def exits_table() -> str:
         f"\nRight at no layer: {100 * about['right_nowhere']:.1f} %. Full model: {about['bits_per_byte']:.3f} bits "
         f"per byte. {about['tokens']} held-out tokens.\n"
     )
-    return _table(head, lines) + note
+    return table(head, lines) + note
 
 
 RECIPES = {
@@ -212,7 +202,7 @@ def recipes_table() -> str:
         f"\n{about['training_tokens'] / 1e6:.1f} million training tokens each, {about['heldout_tokens']} held-out; "
         f"{about['device']}, jax {about['jax']}, commit {about['commit']}.\n"
     )
-    return _table(head, lines) + note
+    return table(head, lines) + note
 
 
 def interpolate(curve: list[dict[str, float]], layers: float) -> float | None:
@@ -242,20 +232,7 @@ def stops_table() -> str:
         f"\nRight at no layer: {100 * about['hopeless']:.1f} % of {about['heldout_tokens']} held-out tokens; "
         f"{about['completions']} completions; {about['device']}, jax {about['jax']}, commit {about['commit']}.\n"
     )
-    return _table(head, lines) + note
-
-
-def selection_table(kind: str) -> str:
-    """Return what reading a long cache costs: whole (``decode``), or by a selected step (``step``)."""
-    rows = read_rows(f"selection_{kind}_h200")
-    head, lines = {"decode": selection_tables.decode_rows, "step": selection_tables.step_rows}[kind](rows)
-    about = rows[0]
-    budget = f"budget {about['budget']} tokens, " if kind == "step" else ""
-    note = (
-        f"\n{about['heads']} query and {about['kv_heads']} key/value heads of {about['head_dim']}, {about['dtype']}, "
-        f"random numbers, {budget}{about['device']}, jax {about['jax']}, {_commits(rows)}.\n"
-    )
-    return _table(head, lines) + note
+    return table(head, lines) + note
 
 
 def budgets_table(study: str) -> str:
@@ -263,19 +240,8 @@ def budgets_table(study: str) -> str:
     if not (RESULTS / f"budgets_{study}.jsonl").is_file():
         return f"No rows in `results/budgets_{study}.jsonl`.\n"
     rows = read_rows(f"budgets_{study}")
-    about = f"{rows[0]['device']}, {rows[0]['dtype']}, jax {rows[0]['jax']}, {_commits(rows)}.\n"
-    return "\n".join(
-        f"{_table(head, lines)}\n{note} {about}" for head, lines, note in budget_tables.tables(study, rows)
-    )
-
-
-def read_rows(name: str) -> list[dict]:
-    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+    about = f"{rows[0]['device']}, {rows[0]['dtype']}, jax {rows[0]['jax']}, {commits(rows)}.\n"
+    return "\n".join(f"{table(head, lines)}\n{note} {about}" for head, lines, note in budget_tables.tables(study, rows))
 
 
 TABLES = {
@@ -292,7 +258,10 @@ TABLES = {
     "exits": exits_table,
     "recipes": recipes_table,
     "stops": stops_table,
-    "selection_decode": lambda: selection_table("decode"),
-    "selection_step": lambda: selection_table("step"),
+    "selection_decode": lambda: selection_tables.selection_table("decode"),
+    "selection_step": lambda: selection_tables.selection_table("step"),
+    "selection_topk": lambda: selection_tables.selection_table("topk"),
+    "decode_128k": selection_tables.whole_table,
+    "eviction_merge": selection_tables.eviction_table,
     **{f"budgets_{study}": partial(budgets_table, study) for study in ("tasks", "nll", "mass")},
 }

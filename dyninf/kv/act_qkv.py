@@ -87,7 +87,8 @@ def entropy_budgets(
 ) -> tuple[int, ...]:
     """Return a budget (tokens) for each layer, in proportion to its entropy, from the first layer to the last.
 
-    Every layer takes its share of what the layers before it have left, between ``least`` and twice the mean.
+    Every layer takes its share of what the layers before it have left, between ``least`` and twice the mean, and leaves
+    as much as those behind it need: the total is met exactly.
 
     Args:
         entropies_L: of each layer, at least 0.
@@ -107,6 +108,7 @@ def entropy_budgets(
     for layer, entropy in enumerate(entropies_L):
         rest = sum(entropies_L[layer:])
         share = left * entropy / rest if rest > 0 else left / (len(entropies_L) - layer)
-        pages.append(int(np.clip(round(share), least // page_size, 2 * mean // page_size)))
+        behind, few, many = len(entropies_L) - layer - 1, least // page_size, 2 * mean // page_size
+        pages.append(int(np.clip(round(share), max(few, left - behind * many), min(many, left - behind * few))))
         left -= pages[-1]
     return tuple(page_size * count for count in pages)

@@ -41,23 +41,29 @@ def prompt_mass(q_BTNH: jax.Array, k_BTKH: jax.Array, lengths_B: jax.Array, *, l
     )[0]
 
 
-def prompt_peak(q_BTNH: jax.Array, k_BTKH: jax.Array, lengths_B: jax.Array, last_B: jax.Array) -> jax.Array:
-    """Return the most attention that one of the last ``last_B`` queries of a prompt pays to each token ``[B, T, K]``.
+def prompt_peak(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, lengths_B: jax.Array, last_B: jax.Array, *, most: int
+) -> jax.Array:
+    """Return the largest attention that one of the last queries of a prompt pays to each token ``[B, T, K]``.
 
-    A mean over the query heads of a group. Takes time quadratic in T, whatever ``last_B`` is.
+    Weights are averaged over a group first.
+
+    Args:
+        last_B: queries of each prompt that count, ``most`` at most.
     """
     length = k_BTKH.shape[1]
     slot_T = jnp.arange(length)
 
-    def chunk(peak_BTK: jax.Array, asking_W: jax.Array) -> tuple[jax.Array, None]:
-        looks_BW = (asking_W[None] < lengths_B[:, None]) & (asking_W[None] >= (lengths_B - last_B)[:, None])
-        readable_BWT = looks_BW[:, :, None] & (slot_T[None] <= asking_W[:, None])[None]
-        q_BWNH = jnp.take(q_BTNH, jnp.minimum(asking_W, length - 1), axis=1)
-        paid_BWTK = jnp.mean(_probabilities(q_BWNH, k_BTKH, readable_BWT[..., None]), axis=-1)
-        return jnp.maximum(peak_BTK, jnp.max(paid_BWTK, axis=1)), None
+    def peak(best_BTK: jax.Array, turn_W: jax.Array) -> tuple[jax.Array, None]:
+        asking_BW = (lengths_B - last_B)[:, None] + turn_W[None]
+        real_BW = (turn_W[None] < last_B[:, None]) & (asking_BW >= 0)
+        q_BWNH = jnp.take_along_axis(q_BTNH, jnp.clip(asking_BW, 0, length - 1)[:, :, None, None], axis=1)
+        readable_BWT = real_BW[:, :, None] & (slot_T[None, None] <= asking_BW[:, :, None])
+        weights_BWTK = jnp.mean(_probabilities(q_BWNH, k_BTKH, readable_BWT[..., None]), axis=-1)
+        return jnp.maximum(best_BTK, jnp.max(weights_BWTK, axis=1)), None
 
-    chunks = jnp.arange(0, length, CHUNK)[:, None] + jnp.arange(min(CHUNK, length))[None]
-    return jax.lax.scan(chunk, jnp.zeros(k_BTKH.shape[:3], jnp.float32), chunks)[0]
+    turns = jnp.arange(0, most, CHUNK)[:, None] + jnp.arange(min(CHUNK, most))[None]
+    return jax.lax.scan(peak, jnp.zeros(k_BTKH.shape[:3], jnp.float32), turns)[0]
 
 
 def prompt_entropy(q_BTNH: jax.Array, k_BTKH: jax.Array) -> jax.Array:

@@ -1,106 +1,95 @@
-"""Read clusters in two levels of fineness, and keep what the end of a prompt looked at (Zeng et al. 2025, "MPCache:
-MPC-Friendly KV Cache Eviction for Efficient Private Large Language Model Inference"; the part without encryption).
+"""Evict what the end of a prompt never looks at, then read clusters of the rest (Zeng et al. 2025, "MPCache:
+MPC-Friendly KV Cache Eviction for Efficient Private Large Language Model Inference").
 
-:class:`MPCache` selects. A cluster is worth the dot product of the query with a point between the bounds of its keys,
-``q . (alpha high + (1 - alpha) low)``, which takes no maximum over features as Quest's bound does. Clusters of two
-pages are scored first; the pages of those that lose are worth nothing, whatever they hold, and the others are scored
-by themselves. The paper shares a choice between neighbouring layers: ``TopK(share=2)``.
+:class:`MPCache` selects. A page is worth ``sum_d q_d (alpha high_d + (1 - alpha) low_d)`` with the bounds of its keys,
+Quest's score without its comparison of signs. It chooses twice: of the clusters of two pages, whose bounds are those of
+both, half stay, the first and the last ones always; pages of the others score minus infinity and are read only if the
+budget has room for all that stayed. A step reads the summaries twice, once halved. The paper's code reads a fifth of
+the text, with the first page always; here the budget is fixed. Query heads that share a key/value head share pages, by
+the largest of their scores, and clusters likewise. The paper also shares choices between adjacent layers:
+``TopK(share=2)``.
 
-:class:`LookOnce` evicts, once: a token of the prompt is worth the largest attention that any of the last queries pays
-to it. The paper keeps tokens above a threshold, as many as there are; a cache has a fixed size here, so the best fill
-it.
-
-Its code attends without the scale of attention and without a causal mask in this look, and lets all heads keep the same
-tokens; here attention is the model's, and every key/value head keeps its own. It evicts and selects in one run, which
-:func:`dyninf.plan.check` refuses. Its second level counts from all clusters (a fifth), here the budget says how many.
+:class:`LookOnce` evicts. A token is worth the largest weight that any query in the last fifth of the prompt gives it (a
+tenth above 24000 tokens), averaged over the query heads of its key/value head. The paper's code averages over all heads
+and keeps what reaches a threshold that is chosen for each data set; here a fixed number is kept, and each generated
+token, of which the code keeps all, takes the place of the lowest score of the prompt. Its weights lack the scale of
+attention and the causal mask; here they are those of attention. Where a fifth of the prompt is no whole token the code
+asks every query, here the last one. The paper does both; a plan here evicts or selects.
 """
 
-import math
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dyninf.depth.base import require_number
 from dyninf.kv.base import KVScorer, PageScorer, PromptKV
 from dyninf.kv.mass import prompt_peak
 from dyninf.kv.snap_kv import GENERATED
 from dyninf.pytree import pytree
-
-LONG = 24000  # tokens above which half as many queries look
+from pallas_kernels import page_scores
 
 
 @pytree(static=("page_size",))
 class MPCache(PageScorer):
-    """Score a page by a point between the bounds of its keys, if the two pages of its cluster are among the best.
-
-    Reads all summaries; written in plain JAX.
+    """Score a page by a fixed mix of its bounds, if the pair of pages it belongs to is among the best.
 
     Args:
-        page_size: tokens of a page, half a cluster (at least 1).
-        alpha: where between the lower (0) and the upper bounds (1) the point is.
-        kept: share of the clusters that are looked into (0 to 1); the first and the last one always are.
+        page_size: tokens of a page (at least 1); clusters have twice as many.
+        alpha: weight of the upper bounds (0 to 1).
+        keep: share of the clusters that stay (above 0, at most 1), rounded down, beside the first and the last one.
     """
 
     kind: ClassVar[str] = "bounds"
 
     page_size: int = 16
     alpha: float = 0.6
-    kept: float = 0.5
+    keep: float = 0.5
 
     def score(self, q_BTNH: jax.Array, summary_BPKX: jax.Array, num_pages_B: jax.Array) -> jax.Array:
-        """Return the dot products, -inf for pages of clusters that are not looked into."""
-        pages = summary_BPKX.shape[1]
-        live_BP = jnp.arange(pages)[None] < num_pages_B[:, None]
-        summary_BPKX = jnp.where(live_BP[:, :, None, None], summary_BPKX.astype(jnp.float32), 0.0)
-        padded_BPKX = jnp.pad(summary_BPKX, ((0, 0), (0, pages % 2), (0, 0), (0, 0)))
-        (high, low), (other_high, other_low) = (jnp.split(padded_BPKX[:, i::2], 2, axis=-1) for i in (0, 1))
-        place_C = jnp.arange(high.shape[1])
-        both = (2 * place_C[None] + 1 < num_pages_B[:, None])[:, :, None, None]
-        high = jnp.where(both, jnp.maximum(high, other_high), high)
-        low = jnp.where(both, jnp.minimum(low, other_low), low)
+        """Return the scores, minus infinity for pages of clusters that lost."""
+        # Both products are one with the bounds as means of twice the features.
+        mixed_BTNX = jnp.concatenate([self.alpha * q_BTNH, (1 - self.alpha) * q_BTNH], axis=-1).astype(q_BTNH.dtype)
         clusters_B = (num_pages_B + 1) // 2
-        worth_BKC = self._worth(q_BTNH, jnp.concatenate([high, low], axis=-1))
-        worth_BKC = jnp.where((place_C[None] < clusters_B[:, None])[:, None], worth_BKC, -jnp.inf)
-        rank_BKC = jnp.argsort(jnp.argsort(-worth_BKC, axis=2), axis=2)
-        count_B = (clusters_B * self.kept).astype(jnp.int32)
-        open_BKC = rank_BKC < count_B[:, None, None]
-        open_BKC |= (place_C[None] == 0)[:, None] | (place_C[None] == clusters_B[:, None] - 1)[:, None]
-        open_BKP = jnp.repeat(open_BKC, 2, axis=2)[:, :, :pages]
-        return jnp.where(open_BKP & live_BP[:, None], self._worth(q_BTNH, summary_BPKX), -jnp.inf)
+        coarse_BKC = page_scores(mixed_BTNX, _pairs(summary_BPKX, num_pages_B), clusters_B, reduce="max")
+        best_BKC = -jnp.sort(-coarse_BKC, axis=-1)
+        count_B = jnp.floor(self.keep * clusters_B).astype(jnp.int32)
+        least_BK1 = jnp.take_along_axis(best_BKC, jnp.maximum(count_B - 1, 0)[:, None, None], axis=-1)
+        cluster_C = jnp.arange(coarse_BKC.shape[-1])
+        ends_BC = (cluster_C == 0)[None] | (cluster_C[None] == (clusters_B - 1)[:, None])
+        stays_BKC = (coarse_BKC >= least_BK1) & (count_B > 0)[:, None, None] | ends_BC[:, None]
+        scores_BKP = page_scores(mixed_BTNX, summary_BPKX, num_pages_B, reduce="max")
+        stays_BKP = jnp.repeat(stays_BKC, 2, axis=-1)[..., : scores_BKP.shape[-1]]
+        return jnp.where(stays_BKP, scores_BKP, -jnp.inf)
 
     def validate(self) -> None:
         """Raise ValueError if a parameter is out of its range."""
-        for name in ("alpha", "kept"):
-            require_number(name, getattr(self, name), 0.0, 1.0)
-
-    def _worth(self, q_BTNH: jax.Array, bounds_BPKX: jax.Array) -> jax.Array:
-        """Return the largest dot product that a query of each head's group has with the points ``[B, K, P]``."""
-        high, low = jnp.split(bounds_BPKX, 2, axis=-1)
-        points_BPKH = self.alpha * high + (1.0 - self.alpha) * low
-        batch, length, _, dim = q_BTNH.shape
-        q_BTKGH = q_BTNH.astype(jnp.float32).reshape(batch, length, bounds_BPKX.shape[2], -1, dim)
-        return jnp.max(jnp.einsum("btkgh,bpkh->btgkp", q_BTKGH, points_BPKH), axis=(1, 2))
+        if isinstance(self.alpha, float | int) and not 0 <= self.alpha <= 1:
+            raise ValueError(f"expected alpha from 0 to 1 for MPCache, got {self.alpha}; 0.6 is the paper's")
+        if isinstance(self.keep, float | int) and not 0 < self.keep <= 1:
+            raise ValueError(f"expected keep above 0 and at most 1 for MPCache, got {self.keep}; 0.5 is the paper's")
 
 
-@pytree()
+@pytree(static=("share", "long_share", "long"))
 class LookOnce(KVScorer):
-    """Score a token of the prompt by the most that one of the last queries attends to it; later tokens stay.
-
-    Costs attention of these queries to the whole prompt, written out in parts.
+    """Score the tokens of a prompt by the largest weight that one of its last queries gives them.
 
     Args:
-        share: of the prompt's queries, from its end, that look (above 0, to 1); half of it for prompts of more than
-            24000 tokens.
+        share: share of a prompt's queries that look (above 0, at most 1), rounded down, at least one query.
+        long_share: the same for prompts of more than ``long`` tokens.
+        long: tokens.
     """
 
     share: float = 0.2
+    long_share: float = 0.1
+    long: int = 24000
 
     def prompt(self, obs: PromptKV) -> jax.Array:
-        """Return the largest attention."""
-        share_B = jnp.where(obs.lengths_B > LONG, self.share / 2, self.share)
-        last_B = jnp.ceil(obs.lengths_B * share_B).astype(jnp.int32)
-        return prompt_peak(obs.q_BTNH, obs.k_BTKH, obs.lengths_B, last_B)
+        """Return the largest weights."""
+        lengths = np.arange(obs.k_BTKH.shape[1] + 1)
+        looking = np.maximum(1, (lengths * np.where(lengths > self.long, self.long_share, self.share)).astype(np.int32))
+        last_B = jnp.asarray(looking)[obs.lengths_B]
+        return prompt_peak(obs.q_BTNH, obs.k_BTKH, obs.lengths_B, last_B, most=int(looking.max()))
 
     def arrive(self, k_BKH: jax.Array, position_B: jax.Array) -> jax.Array:
         """Return a score above those of the prompt, higher for later tokens."""
@@ -108,4 +97,18 @@ class LookOnce(KVScorer):
 
     def validate(self) -> None:
         """Raise ValueError if a parameter is out of its range."""
-        require_number("share", self.share, math.nextafter(0.0, 1.0), 1.0)
+        for name, share in (("share", self.share), ("long_share", self.long_share)):
+            if not (isinstance(share, float | int) and 0 < share <= 1):
+                raise ValueError(f"expected {name} above 0 and at most 1 for LookOnce, got {share!r}; give a fraction")
+
+
+def _pairs(bounds_BPKX: jax.Array, num_pages_B: jax.Array) -> jax.Array:
+    """Return the bounds of pages 2c and 2c + 1 together ``[B, C, K, X]``; of those in use alone."""
+    batch, pages, heads, width = bounds_BPKX.shape
+    even_BPKX = jnp.pad(bounds_BPKX, ((0, 0), (0, pages % 2), (0, 0), (0, 0)))
+    pairs = even_BPKX.reshape(batch, -1, 2, heads, 2, width // 2)
+    first, second = pairs[:, :, 0], pairs[:, :, 1]
+    both_BC = jnp.arange(pairs.shape[1])[None] * 2 + 1 < num_pages_B[:, None]
+    high, low = jnp.maximum(first[..., 0, :], second[..., 0, :]), jnp.minimum(first[..., 1, :], second[..., 1, :])
+    joined = jnp.where(both_BC[:, :, None, None, None], jnp.stack([high, low], axis=-2), first)
+    return joined.reshape(batch, -1, heads, width)

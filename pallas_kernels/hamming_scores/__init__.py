@@ -2,7 +2,8 @@
 
 A code is W words of 32 bits. Codes lie with the slots last, ``[B, W, K, S]``, each word of a head's keys in one run:
 words are then read whole wherever they lie, all bits of a slot meet in one lane without any exchange, and the scores
-``[B, K, S]`` come out in the same order. Storing a new token's code touches W * K words.
+``[B, K, S]`` come out in the same order. Storing a new token's code touches W * K words. On GPUs XLA makes one kernel
+of it that reads at the speed of memory (4.1 TB/s on an H200; a Mosaic kernel reached 2.9 and was dropped).
 """
 
 from typing import Literal
@@ -10,12 +11,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, capability, choose, kernel, platform
+from pallas_kernels.dispatch import Implementation, choose, kernel, platform
 from pallas_kernels.hamming_scores import reference
 
 MOST_WORDS = 8
 HAMMING_SCORES = (
-    kernel("hamming_scores", "mosaic_gpu", "hamming_scores"),
     kernel("hamming_scores", "mosaic_tpu", "hamming_scores"),
     Implementation(name="xla", refuse=reference.refuse, run=reference.hamming_scores),
 )
@@ -55,7 +55,6 @@ def hamming_scores(
     words, num_kv, slots = stacked.shape[2:]
     facts = {
         "platform": platform(),
-        "capability": capability(),
         "words": words,
         "group": queries_BNW.shape[1] // num_kv,
         "num_kv": num_kv,
