@@ -23,7 +23,7 @@ from dyninf.cli.common import (
     progress,
     table_console,
 )
-from dyninf.cli.decoding import bytes_per_step, decode_steps, random_state
+from dyninf.cli.decoding import bytes_per_step, decode_steps, random_state, summary_bytes
 from dyninf.cli.plan_options import check_plan, read_plans
 from dyninf.configs.models import shapes
 from dyninf.timing import device_name, measure
@@ -119,7 +119,8 @@ def _time(model: models.Transformer, plan: dyninf.Plan, batch: int, arguments: a
 
     timing = measure(decode, warmup=1, repeats=arguments.repeats, setup=begin)
     timing, means = timing.per(steps), dyninf.summarize(spent[0])
-    num_bytes = bytes_per_step(model, means, batch)
+    pages = summary_bytes(jax.eval_shape(begin).cache) * arguments.filled / context
+    num_bytes = bytes_per_step(model, means, batch) + pages * means["layers_run"] / len(model.layers)
     return {
         "context": context,
         "filled": arguments.filled,

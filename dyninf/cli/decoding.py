@@ -17,7 +17,7 @@ from dyninf.catch_up import no_pending
 from dyninf.depth_loop import Driver
 from dyninf.kv import ReadAll, TopK
 from dyninf.model import CausalLM, kv_shape, vocab_size
-from dyninf.own_cache import OwnCache
+from dyninf.own_cache import OwnCache, tree_bytes
 from dyninf.timing import Timing, measure
 
 
@@ -146,6 +146,14 @@ def bytes_per_step(model: CausalLM, means: dict[str, float], batch: int) -> floa
     entry = kv_shape(model)
     cache = 2 * batch * means["kv_read"] * entry.size * entry.dtype.itemsize
     return means["layers_run"] * (layers + cache) + readout
+
+
+def summary_bytes(cache: dyninf.KVCache) -> int:
+    """Return the bytes of the summaries of pages, of the layers that score them at each step; of shapes, too."""
+    if cache.stacked:
+        return 0
+    scoring = (layer for layer in cache.layers if layer.choice is None or layer.choice.leads)
+    return tree_bytes([layer.summary for layer in scoring])
 
 
 def _size(tree: object) -> int:

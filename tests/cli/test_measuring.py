@@ -11,7 +11,7 @@ import dyninf
 from dyninf import models
 from dyninf.cli import evaluate, main, quality
 from dyninf.cli.compare import excerpts
-from dyninf.cli.decoding import Excerpt, bytes_per_step, random_state, time_excerpt
+from dyninf.cli.decoding import Excerpt, bytes_per_step, random_state, summary_bytes, time_excerpt
 from dyninf.cli.heldout import Windows, cut_windows
 from dyninf.configs.plans import plans
 from dyninf.kv import Quest, ShadowKV, TopK
@@ -154,6 +154,16 @@ def test_bytes_of_a_step_by_hand(loaded):
     cache = 4 * 2 * 3 * 10 * 2 * 6  # keys and values of three sequences of 10 tokens, two heads of 6
     means = {"layers_run": 2.0, "kv_read": 10.0}
     assert bytes_per_step(loaded[0], means, 3) == 2 * (layer + cache) + 4 * 290 * 24
+
+
+@pytest.mark.parametrize(("share", "scoring"), [(1, 3), (2, 2)])
+def test_bytes_of_summaries_by_hand(loaded, share, scoring):
+    """Of the three layers that select, all score, or the first and the third."""
+    plan = dyninf.Plan(select=TopK(scorer=Quest(page_size=2), budget=8, dense_layers=1, share=share))
+    key = jax.random.key(0)
+    cache = jax.eval_shape(lambda: random_state(loaded[0], plan, batch=3, length=20, capacity=30, key=key)).cache
+    # 15 pages, 16 with padding; two heads; an upper and a lower bound of 6 features; float32.
+    assert summary_bytes(cache) == scoring * 3 * 16 * 2 * 12 * 4
 
 
 def test_eval_prints_and_writes_its_table(folder, tmp_path, capsys):
