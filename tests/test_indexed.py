@@ -23,6 +23,8 @@ OWN = {
     "recorded": Plan(depth=Recorded(depths=jnp.array([[6, 2, 3], [1, 6, 4], [5, 5, 1]]))),
     "recorded_alike": Plan(depth=Recorded(depths=jnp.array([9, 0, 2]))),
 }
+# Run as plans beside them do, with other questions or depths: in slow runs.
+ALIKE = {"exit_calm", "exit_patience", "recorded_alike", "asked_in_groups", "unified_skip", "cosine_at_some_layers"}
 PROMPTS, LENGTHS = np.array([[3, 14, 15, 9, 2], [6, 5, 35, 0, 0], [8, 0, 0, 0, 0]]), np.array([5, 3, 1])
 
 
@@ -37,7 +39,7 @@ def test_most_named_plans_can_be_indexed():
     assert refused == {"decay_power", "decay_linear", "exit_confidence_masked", "halt_tokens"} | caches
 
 
-@pytest.mark.parametrize("name", [*SERVED, *OWN])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in (*SERVED, *OWN)])
 def test_tokens_and_depths_are_those_of_the_list(tiny_model, stacked, name):
     plan = OWN.get(name) or NAMED[name]
     options = {"lengths": LENGTHS, "max_new_tokens": 7}
@@ -51,11 +53,11 @@ def test_tokens_and_depths_are_those_of_the_list(tiny_model, stacked, name):
 
 def test_the_cache_holds_what_the_list_holds(tiny_model, stacked):
     plan = OWN["recorded"]
-    states = []
+    states, step = [], jax.jit(decode_step)
     for model in (tiny_model, stacked):
         state = prefill(model, PROMPTS, LENGTHS, plan, CacheSpec(capacity=16), jax.random.key(0))[1]
         for _ in range(3):
-            state, _ = decode_step(model, state, plan)
+            state, _ = step(model, state, plan)
         states.append(state)
     listed, stack = states
     assert stack.cache.stacked and stack.cache.capacity == 16 and np.array_equal(stack.cache.length, [8, 6, 4])

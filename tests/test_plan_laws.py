@@ -39,12 +39,12 @@ LENGTHS = np.array([7, 4, 5])
 PLANS = {**plans(L), "exit_catch_up": Plan(depth=every(Confidence(threshold=0.9), step=1), fill="catch_up", window=2)}
 NAMES = sorted(PLANS)
 STATIC = {name for name in NAMES if PLANS[name].depth.static_layers(L) is not None}
-# Differ from a plan beside them by how they score alone: held to the laws in slow runs.
-ALIKE = {"exit_entropy", "exit_margin", "exit_mue"}
+# Differ from a plan beside them by how they score or when they do: held to the laws in slow runs.
+ALIKE = {"decay_linear", "exit_budget", "exit_calm", "exit_entropy", "exit_margin", "exit_mue", "evict_hash"}
+ALIKE |= {"evict_recent", "select_reused"}
 ALIKE |= {f"select_{scorer}" for scorer in ("act_qkv", "long", "mp_cache", "page_mean", "retrieval", "votes")}
 ALIKE |= {f"evict_{scorer}" for scorer in ("critic", "expected", "key_norm", "look_once", "snap_kv", "tova")}
-# One plan of each kind, to save time.
-ALONE = ("decay_power", "dense", "exit_catch_up", "exit_confidence_masked", "exit_first_of")
+ALONE = ("decay_power", "dense", "exit_catch_up", "exit_confidence_masked", "exit_first_of")  # one of each kind
 COMPACT = ("decay_power", "exit_confidence")
 DRIVERS = ("segments", "masked", "scan")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits reach 30; the same sums in another order

@@ -177,6 +177,7 @@ def test_layers_that_take_the_scores_of_the_one_before(model, texts):
     np.testing.assert_allclose(shared.error, alone.error, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_caches_of_their_own_tell_an_error_and_no_recall(model, texts):
     shadow = TopK(scorer=ShadowKV(page_size=4, outliers=0, rank=8, theta=500.0), budget=8, sinks=0)
     found = attended(model, *texts, dyninf.Plan(select=shadow))
@@ -185,6 +186,7 @@ def test_caches_of_their_own_tell_an_error_and_no_recall(model, texts):
     np.testing.assert_array_equal(found.tokens, [[8 + 3 + 1, 8 + 2 + 1, 8 + 3 + 1]] * 4)
 
 
+@pytest.mark.slow
 def test_tasks_are_answered_and_a_stopped_run_goes_on(folder, tmp_path, capsys):
     file, options = tmp_path / "rows.jsonl", ["--study", "tasks", "--model", folder, "--length", LENGTH]
     options += ["--samples", 2, "--batch", 4, "--policies", "dense,select_long", "--budgets", 2, "--jsonl", file]
@@ -207,6 +209,7 @@ def test_tasks_are_answered_and_a_stopped_run_goes_on(folder, tmp_path, capsys):
     assert run(capsys, *options)[0] == [] and len(file.read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_text_is_predicted_and_attention_judged(folder, capsys):
     options = ["--model", folder, "--length", LENGTH, "--samples", 2, "--batch", 2, "--budgets", 4]
     rows, _ = run(capsys, "--study", "nll", "--policies", "dense,evict_recent", *options)

@@ -233,5 +233,5 @@ def test_doctor_finds_a_damaged_model(whole, folder, monkeypatch, capsys):
 def test_a_random_state_of_a_plan_that_catches_up_has_an_empty_window(tiny_model):
     plan = dyninf.Plan(depth=dyninf.depth.Saturation(threshold=0.5), fill="catch_up")
     state = random_state(tiny_model, plan, batch=2, length=3, capacity=8, key=jax.random.key(0))
-    state, stats = dyninf.decode_step(tiny_model, state, plan)
+    state, stats = jax.jit(dyninf.decode_step)(tiny_model, state, plan)
     assert state.cache.length.tolist() == [4, 4] and int(stats.run) >= 1

@@ -154,7 +154,7 @@ def test_layers_share_the_scores_of_the_first(roll):
 
 
 @pytest.mark.parametrize("depth", [EXITS, UnifiedSkip(speedup=2.0)], ids=["exits", "skips"])
-@pytest.mark.parametrize("fill", ["propagate", "mask"])
+@pytest.mark.parametrize("fill", ["propagate", pytest.param("mask", marks=pytest.mark.slow)])
 def test_drivers_agree_where_leaders_do_not_run(roll, depth, fill):
     select = TopK(scorer=Quest(page_size=2), budget=6, sinks=1, share=3, reuse=0.5)
     plan = Plan(depth=depth, select=select, fill=fill)

@@ -87,6 +87,7 @@ def test_generating_with_all_directions_is_exact_and_ends_with_its_slots(tiny_mo
     assert done[6:] == [[False, False], [True, True], [True, True]] and state.cache.length.tolist() == [32, 17]
 
 
+@pytest.mark.slow
 def test_an_exiting_plan_may_hold_factors(roll):
     """Layers that do not run project exact keys, and so do dense first layers beside factors."""
     prompts, lengths = np.random.default_rng(2).integers(0, 61, (3, 7)), np.array([7, 4, 5])
