@@ -1,4 +1,4 @@
-"""What parts of a step that evicts cost, by the kernels and by XLA: comparing hashes, and merging what is evicted.
+"""What parts of a step that evicts cost: comparing hashes (by XLA), merging what is evicted (by kernels and by XLA).
 
 Random numbers, a few layers in turn so that nothing stays in a cache of the device. Two studies:
 
@@ -11,7 +11,6 @@ Times are those of ``bench/selection.py``. Run it where the numbers shall come f
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,7 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pallas_kernels as kernels
-from bench.selection import time_jax
-from dyninf.cli.bench import describe_device, write_row
-
-Program = Callable[[], dict[str, Any]]
+from bench.selection import Program, time_jax, time_programs
 
 
 def main() -> int:
@@ -39,25 +35,16 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too")
     arguments = parser.parse_args()
+    settings = {key: getattr(arguments, key) for key in ("layers", "heads", "kv_heads", "head_dim", "dtype")}
     for text in arguments.case or [DEFAULT_CASES[arguments.study]]:
         case = tuple(map(int, text.split("x")))
-        for name in ("mosaic_gpu", "xla"):
-            num_bytes, time_program = STUDIES[arguments.study](case, arguments, name)
-            try:
-                row = time_program()
-            except NotImplementedError as refusal:
-                sys.stderr.write(f"{name}: {refusal}\n")
-                continue
-            best = row["kernels_us"] or row["wall_us"]
-            row = {"bench": f"eviction_{arguments.study}", "program": name, "case": list(case), **row}
-            row |= {"bytes": num_bytes, "tb_s": round(num_bytes / best / 1e6, 3)}
-            row |= {key: getattr(arguments, key) for key in ("layers", "heads", "kv_heads", "head_dim", "dtype")}
-            write_row(row | describe_device(), arguments.jsonl)
+        programs = STUDIES[arguments.study](case, arguments)
+        time_programs(programs, f"eviction_{arguments.study}", case, settings, arguments.jsonl)
     return 0
 
 
-def hash_program(case: tuple[int, ...], arguments: Any, name: str) -> tuple[int, Program]:
-    """Return the bytes of codes and scores of a layer, and what times the comparison."""
+def hash_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
+    """Return the comparison of the hashes of a layer, which reads codes and writes scores."""
     batch, slots, words = case
     shape = (batch, words, arguments.kv_heads, slots)
     codes = [jax.random.bits(jax.random.key(layer), shape) for layer in range(arguments.layers)]
@@ -65,30 +52,35 @@ def hash_program(case: tuple[int, ...], arguments: Any, name: str) -> tuple[int,
     used = jnp.full(batch, slots)
 
     def run(codes, queries):
-        return [kernels.hamming_scores(one, queries, used, implementation=name) for one in codes]
+        return [kernels.hamming_scores(one, queries, used, implementation="xla") for one in codes]
 
     num_bytes = codes[0].nbytes + 4 * batch * arguments.kv_heads * slots
-    return num_bytes, lambda: time_jax(run, codes, queries, parts=len(codes))
+    return [("xla", num_bytes, lambda: time_jax(run, codes, queries, parts=len(codes)))]
 
 
-def merge_program(case: tuple[int, ...], arguments: Any, name: str) -> tuple[int, Program]:
-    """Return the bytes of the keys of a layer, and what times the merging."""
+def merge_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
+    """Return the merging in a layer, which reads its keys, by each implementation."""
     batch, slots = case
     shape = (batch, slots, arguments.kv_heads, arguments.head_dim)
     make = jax.jit(lambda key: jax.random.normal(key, shape, arguments.dtype))
-    caches = [tuple(map(make, jax.random.split(jax.random.key(layer)))) for layer in range(arguments.layers)]
     victims, evicted = jnp.zeros((batch, arguments.kv_heads), jnp.int32), jnp.ones(batch, bool)
     state = (victims, evicted, jnp.full(batch, slots), jnp.full(batch, -1.0))
 
-    def run(caches):
-        found = [kernels.merge_victims(*cache, *state, momentum=0.5, implementation=name) for cache in caches]
-        return [one[:2] for one in found], [one[2] for one in found]
+    def program(name):
+        def run(caches):
+            found = [kernels.merge_victims(*cache, *state, momentum=0.5, implementation=name) for cache in caches]
+            return [one[:2] for one in found], [one[2] for one in found]
 
-    num_bytes = caches[0][0].nbytes
-    return num_bytes, lambda: time_jax(run, parts=len(caches), donated=caches)
+        def caches():
+            return [tuple(map(make, jax.random.split(jax.random.key(layer)))) for layer in range(arguments.layers)]
+
+        return lambda: time_jax(run, parts=arguments.layers, donated=caches())
+
+    num_bytes = batch * slots * arguments.kv_heads * arguments.head_dim * jnp.dtype(arguments.dtype).itemsize
+    return [(name, num_bytes, program(name)) for name in ("mosaic_gpu", "xla")]
 
 
-STUDIES = {"hashes": hash_program, "merge": merge_program}
+STUDIES = {"hashes": hash_programs, "merge": merge_programs}
 DEFAULT_CASES = {"hashes": "1x4096x4", "merge": "1x512"}
 
 if __name__ == "__main__":

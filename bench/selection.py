@@ -50,22 +50,29 @@ def main() -> int:
     only = None if arguments.only is None else arguments.only.split(",")
     for text in arguments.case or [DEFAULT_CASES[arguments.study]]:
         case = tuple(map(int, text.split("x")))
-        for name, bytes_read, time_program in STUDIES[arguments.study](case, arguments):
-            if name.startswith("torch") != arguments.torch or (only is not None and name not in only):
-                continue
-            try:
-                row = time_program()
-            except NotImplementedError as refusal:
-                sys.stderr.write(f"{name}: {refusal}\n")
-                continue
-            best = row["kernels_us"] or row["wall_us"]
-            row = {"bench": f"selection_{arguments.study}", "program": name, "case": list(case), **row}
-            row |= {"bytes": bytes_read, "tb_s": round(bytes_read / best / 1e6, 3), **_settings(arguments)}
-            write_row(row | describe_device(), arguments.jsonl)
+        programs = STUDIES[arguments.study](case, arguments)
+        wanted = [p for p in programs if p[0].startswith("torch") == arguments.torch and (only is None or p[0] in only)]
+        time_programs(wanted, f"selection_{arguments.study}", case, _settings(arguments), arguments.jsonl)
     return 0
 
 
 Program = tuple[str, int, Callable[[], dict[str, Any]]]  # name, bytes that it must read, function that times it
+
+
+def time_programs(
+    programs: list[Program], bench: str, case: tuple[int, ...], settings: dict[str, Any], file: Path | None
+) -> None:
+    """Time programs and write a row for each; one that cannot run says why on stderr."""
+    for name, num_bytes, time_program in programs:
+        try:
+            row = time_program()
+        except NotImplementedError as refusal:
+            sys.stderr.write(f"{name}: {refusal}\n")
+            continue
+        best = row["kernels_us"] or row["wall_us"]
+        row = {"bench": bench, "program": name, "case": list(case), **row}
+        row |= {"bytes": num_bytes, "tb_s": round(num_bytes / best / 1e6, 3), **settings}
+        write_row(row | describe_device(), file)
 
 
 def decode_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
