@@ -15,7 +15,7 @@ import dyninf
 from dyninf.attention import attend_cached
 from dyninf.cache import LayerCache
 from dyninf.kv.choice import lend
-from dyninf.kv.pages import choose_pages
+from dyninf.kv.pages import choose_pages, slots_read
 from dyninf.models import Transformer
 from dyninf.own_cache import OwnCache
 from dyninf.pytree import pytree
@@ -120,11 +120,7 @@ def _read(
     index = choose_pages(cache, plan.select, q_B1NH, last_B1)
     if index is None:
         return seen_BKT, held_BTKH
-    num_pages = -(-length // index.page_size)
-    real_BKM = jnp.arange(index.pages.shape[2])[None, None] < index.counts[:, :, None]
-    at_BKM = jnp.where(real_BKM, index.pages, num_pages)
-    read_BKP = jnp.zeros((batch, num_kv, num_pages), bool).at[rows, heads, at_BKM].set(True, mode="drop")
-    return seen_BKT & jnp.repeat(read_BKP, index.page_size, axis=2)[:, :, :length], held_BTKH
+    return seen_BKT & slots_read(index, length), held_BTKH
 
 
 def _at(last_B1: jax.Array, x_BTNH: jax.Array) -> jax.Array:

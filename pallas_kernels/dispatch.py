@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 MOSAIC_GPU_JAX = (0, 11, 2)  # oldest version that runs our Mosaic GPU kernels
 _logger = logging.getLogger(__name__)
@@ -107,6 +108,15 @@ def refuse_unless_hopper(platform: str, capability: str | None) -> str | None:
         return f"needs jax {'.'.join(map(str, MOSAIC_GPU_JAX))} or newer, got {jax.__version__}"
     if capability != "9.0":
         return f"needs a Hopper GPU (compute capability 9.0), got {capability}"
+    return None
+
+
+def refuse_keys(dtype: Any, head_dim: int) -> str | None:
+    """Return why kernels that move keys in parts of 64 features cannot take them, or ``None``."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"needs bfloat16 or float16, got {jnp.dtype(dtype).name}"
+    if head_dim % 64 or head_dim > 256:
+        return f"needs head_dim to be a multiple of 64 up to 256, got {head_dim}"
     return None
 
 

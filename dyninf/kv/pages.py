@@ -181,6 +181,17 @@ def choose_pages(
     )
 
 
+def slots_read(index: KVIndex, num_slots: int) -> jax.Array:
+    """Return which slots lie in the pages of an index ``[B, K, S]``, whether or not they hold a key."""
+    batch, num_kv, entries = index.pages.shape
+    num_pages = -(-num_slots // index.page_size)
+    rows, heads = jnp.arange(batch)[:, None, None], jnp.arange(num_kv)[None, :, None]
+    real_BKM = jnp.arange(entries)[None, None] < index.counts[:, :, None]
+    at_BKM = jnp.where(real_BKM, index.pages, num_pages)  # dropped
+    read_BKP = jnp.zeros((batch, num_kv, num_pages), bool).at[rows, heads, at_BKM].set(True, mode="drop")
+    return jnp.repeat(read_BKP, index.page_size, axis=2)[:, :, :num_slots]
+
+
 def mean_read(select: TopK | ReadAll, sizes: Sequence[tuple[int, int] | None], live_B: jax.Array) -> jax.Array:
     """Return the entries that a layer reads of ``live_B`` ones if it runs, a mean over the layers ``[B]``, float32.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from dyninf.cache import LayerCache, write_prompt
 from dyninf.kv.base import PromptKV
 from dyninf.kv.mass import attention_mass
-from dyninf.kv.pages import arrange_prompt, choose_pages, layer_budgets, summarize_prompt, summary_sizes
+from dyninf.kv.pages import arrange_prompt, choose_pages, layer_budgets, slots_read, summarize_prompt, summary_sizes
 from dyninf.kv.top_k import TopK
 from dyninf.pytree import pytree
 
@@ -63,14 +63,11 @@ def page_recall(select: TopK, obs: PromptKV, q_BQNH: jax.Array, *, top: int = 32
     cache = write_prompt(cache, stored.k_BTKH, stored.v_BTKH, live_BT)
     cache = summarize_prompt(cache, select, length, obs.lengths_B)
     page_size, last_B1 = select.scorer.page_size, obs.lengths_B[:, None] - 1
-    page_T = jnp.arange(length) // page_size
 
     def ask(q_BNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         q_B1NH = q_BNH[:, None]
         index = choose_pages(cache, select, q_B1NH, last_B1)
-        used_BKM = jnp.arange(index.pages.shape[2])[None, None] < index.counts[:, :, None]
-        read_BKT = jnp.any((page_T[None, None, :, None] == index.pages[:, :, None]) & used_BKM[:, :, None], axis=3)
-        read_BKT &= live_BT[:, None]
+        read_BKT = slots_read(index, length) & live_BT[:, None]
         mass_BTK = attention_mass(q_B1NH, cache.k, live_BT[:, None, :, None])
         mass_BK = jnp.sum(jnp.where(jnp.moveaxis(read_BKT, 1, 2), mass_BTK, 0.0), axis=1)
         groups = q_BNH.reshape(batch, num_kv, -1, dim)

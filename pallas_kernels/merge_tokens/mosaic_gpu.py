@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import refuse_unless_hopper
+from pallas_kernels.dispatch import refuse_keys, refuse_unless_hopper
 from pallas_kernels.merge_tokens.reference import decide
 
 TILE_SLOTS = 64
@@ -63,12 +63,8 @@ class Geometry:
 
 def refuse(*, platform: str, capability: str | None, dtype: Any, head_dim: int, num_slots: int) -> str | None:
     """Return why the kernels cannot serve, or ``None``."""
-    if reason := refuse_unless_hopper(platform, capability):
+    if reason := refuse_unless_hopper(platform, capability) or refuse_keys(dtype, head_dim):
         return reason
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"needs bfloat16 or float16, got {jnp.dtype(dtype).name}"
-    if head_dim % 64 or head_dim > 256:
-        return f"needs head_dim to be a multiple of 64 up to 256, got {head_dim}"
     if num_slots % 8:
         return f"needs a multiple of 8 slots, got {num_slots}"
     return None
