@@ -8,10 +8,13 @@ from pallas_kernels.append_and_score import append_and_score as append_and_score
 from pallas_kernels.append_tokens import append_tokens as append_tokens
 from pallas_kernels.attention import decode_attention as decode_attention
 from pallas_kernels.attention import prefill_attention as prefill_attention
+from pallas_kernels.block_sparse_attention import block_sparse_attention as block_sparse_attention
+from pallas_kernels.choose_blocks import choose_blocks as choose_blocks
 from pallas_kernels.compact_cache import compact_cache as compact_cache
 from pallas_kernels.decoder_stack import DecoderWeights as DecoderWeights
 from pallas_kernels.decoder_stack import decode_layers as decode_layers
 from pallas_kernels.hamming_scores import hamming_scores as hamming_scores
+from pallas_kernels.index import BlockIndex as BlockIndex
 from pallas_kernels.index import KVIndex as KVIndex
 from pallas_kernels.layer_products import norm_gate_up as norm_gate_up
 from pallas_kernels.layer_products import norm_project as norm_project

@@ -1,3 +1,6 @@
-"""Sparse prefill policies: which blocks of the prompt each block of queries attends."""
+"""Sparse prefill policies: which blocks of keys each block of a prompt's queries attends to."""
 
 from dyninf.sparsity.base import Dense as Dense
+from dyninf.sparsity.base import PromptObs as PromptObs
+from dyninf.sparsity.base import Selected as Selected
+from dyninf.sparsity.base import SparsityPolicy as SparsityPolicy

@@ -1,0 +1,64 @@
+"""Block-sparse attention in plain JAX: the definition, row of blocks by row of blocks.
+
+Keys that a query does not see are replaced before the second product, so that whatever they hold (NaN included)
+changes nothing.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.index import BlockIndex
+
+
+def refuse(**facts: Any) -> str | None:
+    """Serve every call."""
+    return None
+
+
+def block_sparse_attention(
+    q_BTNH, k_BSKH, v_BSKH, index: BlockIndex, lengths_B, *, offset, window=None, sinks=0, with_lse=False
+):
+    """See :func:`pallas_kernels.block_sparse_attention.block_sparse_attention`."""
+    batch, length, num_heads, dim = q_BTNH.shape
+    size, rows, group = index.block_size, index.counts.shape[2], num_heads // k_BSKH.shape[2]
+    padding = ((0, 0), (0, rows * size - length), (0, 0), (0, 0))
+    q_RBNXH = jnp.moveaxis(jnp.pad(q_BTNH, padding).reshape(batch, rows, size, num_heads, dim), (1, 3), (0, 2))
+    lengths_B = jnp.full(batch, k_BSKH.shape[1]) if lengths_B is None else lengths_B
+    padding = ((0, 0), (0, -k_BSKH.shape[1] % size), (0, 0), (0, 0))
+    k_BNPYH, v_BNPYH = (
+        jnp.repeat(jnp.moveaxis(jnp.pad(array, padding), 2, 1), group, axis=1).reshape(batch, num_heads, -1, size, dim)
+        for array in (k_BSKH, v_BSKH)
+    )
+    num_blocks = k_BNPYH.shape[2]
+    entries_M = jnp.arange(index.blocks.shape[3])
+
+    def attend_row(inputs):
+        row, q_BNXH, counts_BN, blocks_BNM = inputs
+        named_BNM = (entries_M[None, None] < counts_BN[..., None]) & (blocks_BNM >= 0) & (blocks_BNM < num_blocks)
+        at_BNM11 = jnp.clip(blocks_BNM, 0, num_blocks - 1)[..., None, None]
+        k_BNMYH, v_BNMYH = (jnp.take_along_axis(array, at_BNM11, axis=2) for array in (k_BNPYH, v_BNPYH))
+        keys_BN1MY = (blocks_BNM[..., None] * size + jnp.arange(size)[None, None, None])[:, :, None]
+        queries_X11 = (offset + row * size + jnp.arange(size))[None, None, :, None, None]
+        seen_BNXMY = (keys_BN1MY <= queries_X11) & (keys_BN1MY < lengths_B[:, None, None, None, None])
+        if window is not None:
+            seen_BNXMY &= (keys_BN1MY > queries_X11 - window) | (keys_BN1MY < sinks)
+        seen_BNXMY &= named_BNM[:, :, None, :, None]
+        scores = jnp.einsum("BNXH,BNMYH->BNXMY", q_BNXH, k_BNMYH, preferred_element_type=jnp.float32) * dim**-0.5
+        scores = jnp.where(seen_BNXMY, scores, -jnp.inf)
+        peak = jnp.max(scores, axis=(3, 4), keepdims=True)
+        weights = jnp.where(seen_BNXMY, jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0)), 0.0)
+        total = jnp.sum(weights, axis=(3, 4), keepdims=True)
+        lse_BNX = jnp.where(total > 0, peak + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)[..., 0, 0]
+        weights = (weights / jnp.where(total > 0, total, 1.0)).astype(v_BSKH.dtype)
+        read_BNMY = jnp.any(seen_BNXMY, axis=2)[..., None]
+        v_BNMYH = jnp.where(read_BNMY, v_BNMYH, jnp.zeros((), v_BSKH.dtype))
+        return jnp.einsum("BNXMY,BNMYH->BNXH", weights, v_BNMYH).astype(q_BTNH.dtype), lse_BNX
+
+    lists = (jnp.moveaxis(index.counts, 2, 0), jnp.moveaxis(index.blocks, 2, 0))
+    o_RBNXH, lse_RBNX = jax.lax.map(attend_row, (jnp.arange(rows), q_RBNXH, *lists))
+    o_BTNH = jnp.moveaxis(o_RBNXH, (0, 2), (1, 3)).reshape(batch, rows * size, num_heads, dim)[:, :length]
+    if not with_lse:
+        return o_BTNH
+    return o_BTNH, jnp.moveaxis(lse_RBNX, 0, 2).reshape(batch, num_heads, rows * size)[:, :, :length]

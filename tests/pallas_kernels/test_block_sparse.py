@@ -1,0 +1,128 @@
+"""Attention of a prompt to the blocks of an index, and the choice of these blocks, against NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import BlockIndex, block_sparse_attention, choose_blocks
+
+
+def attend_numpy(q, k, v, counts, blocks, size, *, lengths, offset, window=None, sinks=0):
+    """Attend in float64, key by key; also the logarithms of the sums of exponentials."""
+    batch, tokens, heads, dim = q.shape
+    group = heads // k.shape[2]
+    out, lse = np.zeros(q.shape), np.full((batch, heads, tokens), -np.inf)
+    for b, n, t in np.ndindex(batch, heads, tokens):
+        row, position = t // size, offset + t
+        named = blocks[b, n, row, : counts[b, n, row]]
+        keys = np.arange(k.shape[1])
+        seen = np.isin(keys // size, named) & (keys <= position) & (keys < lengths[b])
+        if window is not None:
+            seen &= (keys > position - window) | (keys < sinks)
+        if not seen.any():
+            continue
+        scores = k[b, seen, n // group].astype(np.float64) @ q[b, t, n].astype(np.float64) * dim**-0.5
+        lse[b, n, t] = np.log(np.sum(np.exp(scores)))
+        out[b, t, n] = np.exp(scores - lse[b, n, t]) @ v[b, seen, n // group]
+    return out, lse
+
+
+def make_case(rng, *, tokens, keys, heads, kv, dim, size, entries, offset, lengths=None, dtype="float32"):
+    """Random queries, keys and values, NaN beyond the lengths, and an index with an empty row and entries beyond."""
+    batch = 2
+    q, k, v = (rng.normal(size=shape) for shape in ((batch, tokens, heads, dim), *[(batch, keys, kv, dim)] * 2))
+    lengths = np.full(batch, keys) if lengths is None else np.array(lengths)
+    for b in range(batch):
+        k[b, lengths[b] :], v[b, lengths[b] :] = np.nan, np.nan
+    rows, num_blocks = -(-tokens // size), -(-keys // size)
+    blocks = np.zeros((batch, heads, rows, entries), np.int32)
+    counts = rng.integers(1, entries + 1, blocks.shape[:3]).astype(np.int32)
+    for place in np.ndindex(*counts.shape):
+        blocks[place] = np.sort(rng.permutation(num_blocks + 2)[:entries])  # two of them do not exist
+    counts[0, 0, 0] = 0
+    blocks[0, 0, 0] = -7
+    arrays = [jnp.asarray(x, dtype) for x in (q, k, v)]
+    index = BlockIndex(counts=jnp.asarray(counts), blocks=jnp.asarray(blocks), block_size=size)
+    return arrays, index, {"lengths": lengths, "offset": offset}
+
+
+CASES = {
+    "whole": {"tokens": 37, "keys": 37, "heads": 4, "kv": 2, "dim": 16, "size": 8, "entries": 4, "offset": 0},
+    "chunk": {"tokens": 16, "keys": 45, "heads": 3, "kv": 1, "dim": 8, "size": 8, "entries": 5, "offset": 24},
+    "between": {"tokens": 13, "keys": 45, "heads": 2, "kv": 2, "dim": 8, "size": 8, "entries": 6, "offset": 21},
+    "padded": {
+        "tokens": 24, "keys": 24, "heads": 2, "kv": 1, "dim": 8, "size": 8, "entries": 3, "offset": 0,
+        "lengths": (24, 9),
+    },
+    "one": {"tokens": 1, "keys": 1, "heads": 2, "kv": 2, "dim": 8, "size": 8, "entries": 1, "offset": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("window", [None, 11], ids=["all", "window"])
+def test_reference_equals_numpy(rng, name, window):
+    (q, k, v), index, about = make_case(rng, **CASES[name])
+    options = {"window": window, "sinks": 0 if window is None else 2}
+    lengths = jnp.asarray(about["lengths"], jnp.int32)
+    out, lse = block_sparse_attention(
+        q, k, v, index, lengths, offset=about["offset"], with_lse=True, implementation="xla", **options
+    )
+    numbers = [np.asarray(x) for x in (q, k, v, index.counts, index.blocks)]
+    expected, sums = attend_numpy(*numbers, index.block_size, **about, **options)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    np.testing.assert_allclose(lse, sums, atol=2e-5)
+    assert np.isneginf(sums[0, 0, 0])
+
+
+def test_chosen_by_hand():
+    # Row 2 of blocks of 4 ends with block 2. Forced: 0 and 2. Of the others, block 1 alone exists.
+    scores = jnp.array([[[[9, 9, 9, 9], [1, 2, 9, 9], [1, 5, 2, 9], [4, 1, 3, 2]]]], jnp.float32)
+    index, wanted = choose_blocks(scores, block_size=4, budget=3)
+    assert index.counts[0, 0].tolist() == [1, 2, 3, 3]
+    assert [row[:count].tolist() for row, count in zip(index.blocks[0, 0], index.counts[0, 0], strict=True)] == [
+        [0], [0, 1], [0, 1, 2], [0, 2, 3],
+    ]  # fmt: skip
+    assert wanted[0, 0].tolist() == [1, 2, 3, 4]
+    # Row 3: sum 10; forced 0 and 3 hold 6. With 0.65 block 2 is needed (6 < 6.5), then 9 are held: enough.
+    index, wanted = choose_blocks(scores, block_size=4, budget=4, mass=0.65)
+    assert index.counts[0, 0].tolist() == [1, 2, 3, 3] and wanted[0, 0].tolist() == [1, 2, 3, 3]
+    # With 0.6 the forced ones are enough; the budget cuts off nothing.
+    assert choose_blocks(scores, block_size=4, budget=4, mass=0.6)[0].counts[0, 0].tolist() == [1, 2, 3, 2]
+
+
+@pytest.mark.parametrize("mass", [None, 0.7], ids=["budget", "mass"])
+def test_choice_equals_numpy(rng, mass):
+    scores = rng.exponential(size=(2, 3, 5, 9)).astype(np.float32)
+    options = {"block_size": 8, "budget": 4, "sinks": 1, "recent": 2}
+    index, wanted = choose_blocks(jnp.asarray(scores), mass=mass, offset=16, **options)
+    for place in np.ndindex(2, 3, 5):
+        last = 2 + place[2]
+        exist = list(range(min(last + 1, 9)))
+        forced = [c for c in exist if c < 1 or c > last - 2]
+        ranked = forced + sorted((c for c in exist if c not in forced), key=lambda c: -scores[place][c])
+        held = np.cumsum([0, *scores[place][ranked]])
+        enough = len(ranked) if mass is None else max(int(np.sum(held[:-1] < mass * held[-1])), len(forced))
+        assert int(wanted[place]) == enough
+        kept = index.blocks[place][: index.counts[place]].tolist()
+        assert kept == sorted(ranked[: min(enough, 4)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offset": 30}, "offset=30"),
+        ({"window": 0}, "window of at least 1"),
+        ({"sinks": 3}, "a window beside"),
+        ({"lengths_B": jnp.zeros(3, jnp.int32)}, r"lengths \[B\]"),
+    ],
+)
+def test_refused(rng, change, message):
+    (q, k, v), index, _ = make_case(rng, **CASES["whole"])
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(q, k, v, index, **change)
+    with pytest.raises(ValueError, match="BlockIndex"):
+        block_sparse_attention(q, k, v, index.blocks)
+    with pytest.raises(ValueError, match=r"\[B, N, R\] = \(2, 4, 5\)"):
+        block_sparse_attention(q, k, v, BlockIndex(counts=index.counts[:, :, 1:], blocks=index.blocks, block_size=8))
+    with pytest.raises(ValueError, match="sinks"):
+        choose_blocks(jnp.zeros((1, 1, 2, 2)), block_size=8, budget=1)
