@@ -1,9 +1,10 @@
 """Causal prefill as one warp-specialised Mosaic GPU kernel for Hopper, over all blocks of keys or those of an index.
 
-A block of threads owns 128 queries of a head. A *loader* warpgroup streams steps of 128 keys and values by TMA into two
-stages; two *reader* warpgroups fold them into an online softmax for 64 queries each, and take turns at the tensor
-cores: while one computes its exponentials, the other multiplies. Masks are applied only in steps that need one. Long
-rows start first, and the heads of a group start together, so that they find their keys in the second-level cache.
+One block of threads a multiprocessor takes row after row of 128 queries of a head. A *loader* warpgroup streams steps
+of 128 keys and values by TMA into two stages, and goes on with the next row while the last one is being written. Two
+*reader* warpgroups fold them into an online softmax for 64 queries each and take turns at the tensor cores: while one
+computes exponentials, the other multiplies. Masks are applied at the ends of a row only, unless an index asks for more.
+Long rows start first, and the heads of a group run together, so that they find their keys in the second-level cache.
 
 Source: Shah et al. 2024 (FlashAttention-3) for the division of labour; JAX's example of it for Mosaic GPU.
 """
@@ -41,6 +42,7 @@ class Geometry:
     Args:
         tokens, keys: in multiples of 8.
         entries: blocks that an index lists for a row; ``None`` to attend to all.
+        cores: multiprocessors of the device.
     """
 
     batch: int
@@ -54,6 +56,7 @@ class Geometry:
     window: int | None
     sinks: int
     with_lse: bool
+    cores: int
 
     @property
     def rows(self) -> int:
@@ -69,6 +72,21 @@ class Geometry:
     def steps(self) -> int:
         """Steps of a block of an index."""
         return ROW // self.step
+
+    @property
+    def tiles(self) -> int:
+        """Rows of all heads."""
+        return self.batch * self.heads * self.rows
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of threads."""
+        return min(self.cores, self.tiles)
+
+    @property
+    def staged(self) -> bool:
+        """Whether outputs have shared memory of their own, so that the next queries can arrive meanwhile."""
+        return self.head_dim <= 128
 
 
 def refuse(
@@ -97,18 +115,36 @@ def refuse(
     return None
 
 
-def block_sparse_attention(q_BTNH, k_BSKH, v_BSKH, index, lengths_B, *, offset, window=None, sinks=0, with_lse=False):
-    """See :func:`pallas_kernels.block_sparse_attention.block_sparse_attention`."""
-    return _attend(q_BTNH, k_BSKH, v_BSKH, index, lengths_B, offset, window, sinks, with_lse)
+def block_sparse_attention(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    index,
+    lengths_B,
+    *,
+    offset,
+    window=None,
+    sinks=0,
+    with_lse=False,
+    cores: int | None = None,
+):
+    """See :func:`pallas_kernels.block_sparse_attention.block_sparse_attention`.
+
+    Args:
+        cores: multiprocessors to divide the work for; ``None`` for those of the device.
+    """
+    return _attend(q_BTNH, k_BSKH, v_BSKH, index, lengths_B, offset, window, sinks, with_lse, cores)
 
 
-def prefill_attention(q_BTNH, k_BSKH, v_BSKH, lengths_B, *, window=None, keep_BT=None, offset=None, with_lse=False):
-    """See :func:`pallas_kernels.attention.prefill_attention`."""
+def prefill_attention(
+    q_BTNH, k_BSKH, v_BSKH, lengths_B, *, window=None, keep_BT=None, offset=None, with_lse=False, cores=None
+):
+    """See :func:`pallas_kernels.attention.prefill_attention`; ``cores`` as above."""
     offset = jnp.int32(0) if offset is None else offset
-    return _attend(q_BTNH, k_BSKH, v_BSKH, None, lengths_B, offset, window, 0, with_lse)
+    return _attend(q_BTNH, k_BSKH, v_BSKH, None, lengths_B, offset, window, 0, with_lse, cores)
 
 
-def _attend(q_BTNH, k_BSKH, v_BSKH, index, lengths_B, offset, window, sinks, with_lse):
+def _attend(q_BTNH, k_BSKH, v_BSKH, index, lengths_B, offset, window, sinks, with_lse, cores):
     batch, tokens, heads, head_dim = q_BTNH.shape
     keys, kv_heads = k_BSKH.shape[1:3]
     if lengths_B is None:
@@ -129,9 +165,11 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, index, lengths_B, offset, window, sinks, wit
         window=window,
         sinks=sinks,
         with_lse=with_lse,
+        cores=jax.local_devices()[0].core_count if cores is None else cores,
     )
-    lists = [] if index is None else [index.counts, index.blocks]
-    found = _kernel(g)(offset.reshape(1), jnp.clip(lengths_B, 0, keys), *lists, q_BTNH, k_BSKH, v_BSKH)
+    lengths_B = jnp.clip(lengths_B, 0, keys)
+    lists = [] if index is None else [_spans(g, index, lengths_B, offset), index.blocks]
+    found = _kernel(g)(offset.reshape(1), lengths_B, *lists, q_BTNH, k_BSKH, v_BSKH)
     o_BTNH = found[0][:, :tokens]
     return (o_BTNH, found[1][:, :, :tokens]) if with_lse else o_BTNH
 
@@ -141,28 +179,49 @@ def _whole_tiles(array_BTNH):
     return jnp.pad(array_BTNH, ((0, 0), (0, -array_BTNH.shape[1] % 8), (0, 0), (0, 0)))
 
 
+def _spans(g, index, lengths_B, offset):
+    """Return where the longest run of steps without masks of a row begins and ends, and its steps ``[B, N, R, 3]``."""
+    entries_M = jnp.arange(g.entries)[None, None, None]
+    counts_BNR1 = jnp.clip(index.counts, 0, g.entries)[..., None]
+    position_R1 = (offset + jnp.arange(g.rows) * ROW)[None, None, :, None]
+    begin_BNRM = index.blocks * ROW
+    masked_BNRM = (begin_BNRM < 0) | (entries_M >= counts_BNR1)
+    masked_BNRM |= begin_BNRM > jnp.minimum(position_R1 + 1, lengths_B[:, None, None, None]) - ROW
+    if g.window is not None:
+        masked_BNRM |= (begin_BNRM <= position_R1 + (ROW - 1 - g.window)) & (begin_BNRM > g.sinks - ROW)
+    begins_BNRM = lax.cummax(jnp.where(masked_BNRM, entries_M, -1), axis=3) + 1
+    end_BNR = jnp.argmax(entries_M - begins_BNRM, axis=3)
+    begin_BNR = jnp.take_along_axis(begins_BNRM, end_BNR[..., None], axis=3)[..., 0]
+    return (jnp.stack([begin_BNR, end_BNR + 1, counts_BNR1[..., 0]], axis=-1) * g.steps).astype(I32)
+
+
 @functools.cache
 def _kernel(g: Geometry):
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    halves = plgpu.SMEM((2, HALF, g.head_dim), g.dtype, transforms=tiled)
+    stages = plgpu.SMEM((STAGES, g.step, g.head_dim), g.dtype, transforms=tiled)
     out = [jax.ShapeDtypeStruct((g.batch, g.tokens, g.heads, g.head_dim), g.dtype)]
     scratch = {
-        "queries": plgpu.SMEM((2, HALF, g.head_dim), g.dtype, transforms=tiled),
-        "keys": plgpu.SMEM((STAGES, g.step, g.head_dim), g.dtype, transforms=tiled),
-        "values": plgpu.SMEM((STAGES, g.step, g.head_dim), g.dtype, transforms=tiled),
-        "asked": plgpu.Barrier(num_barriers=2),
+        "queries": halves,
+        "keys": stages,
+        "values": stages,
+        "queries_full": plgpu.Barrier(num_barriers=2),
+        "queries_free": plgpu.Barrier(num_barriers=2),
         "keys_full": plgpu.Barrier(num_barriers=STAGES),
-        "values_full": plgpu.Barrier(num_barriers=STAGES),
         "keys_free": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+        "values_full": plgpu.Barrier(num_barriers=STAGES),
         "values_free": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-        "turn": plgpu.Barrier(num_arrivals=2),
+        "turn": plgpu.Barrier(num_barriers=2),
     }
+    if g.staged:
+        scratch["staged"] = halves
     if g.with_lse:
         out.append(jax.ShapeDtypeStruct((g.batch, g.heads, g.rows * ROW), F32))
         scratch["sums"] = plgpu.SMEM((2, HALF), F32)
     return plgpu.kernel(
         functools.partial(_body, g),
         out_type=out,
-        grid=(g.batch * g.heads * g.rows,),
+        grid=(g.blocks,),
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
@@ -172,34 +231,51 @@ def _kernel(g: Geometry):
 
 
 def _body(g: Geometry, *refs, **scratch):
-    names = ["offset", "length", *(["counts", "blocks"] if g.entries is not None else []), "q", "k", "v", "out"]
+    names = ["offset", "length", *(["spans", "blocks"] if g.entries is not None else []), "q", "k", "v", "out"]
     names += ["lse"] if g.with_lse else []
     r = SimpleNamespace(**dict(zip(names, refs, strict=True)), **scratch)
-    warpgroup = lax.axis_index("warpgroup")
-    at = _share(g, r, lax.axis_index("block"))
-    pl.when(warpgroup == LOADER)(lambda: _load(g, r, at))
-    pl.when(warpgroup < LOADER)(lambda: _read(g, r, at, warpgroup))
+    warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+
+    def number(turn):  # forth and back, as tiles get shorter: all blocks of threads get as much to do
+        return turn * g.blocks + jnp.where(lax.rem(turn, I32(2)) == 0, block, g.blocks - 1 - block)
+
+    turns = g.tiles // g.blocks + (number(I32(g.tiles // g.blocks)) < g.tiles).astype(I32)
+    where = lambda turn: _where(g, r, jnp.minimum(number(turn), g.tiles - 1))  # noqa: E731
+    pl.when(warpgroup == LOADER)(lambda: _load(g, r, turns, where))
+    pl.when(warpgroup < LOADER)(lambda: _read(g, r, turns, where, warpgroup))
 
 
-def _share(g, r, block):
-    """Return the head and row of a block of threads, and the steps that it takes."""
-    head, rest = lax.rem(block, I32(g.heads)), lax.div(block, I32(g.heads))
-    batch, row = lax.rem(rest, I32(g.batch)), g.rows - 1 - lax.div(rest, I32(g.batch))
-    position, length = r.offset[0] + row * ROW, r.length[batch]
-    if g.entries is None:
-        end = jnp.minimum(position + ROW, length)
-        first = I32(0) if g.window is None else lax.div(jnp.maximum(position - g.window + 1, 0), I32(g.step))
-        count = jnp.maximum(lax.div(end + (g.step - 1), I32(g.step)) - first, 0)
-    else:
-        first, count = None, jnp.clip(r.counts[batch, head, row], 0, g.entries) * g.steps
-    kv_head = lax.div(head, I32(g.heads // g.kv_heads))
+def _where(g, r, number):
+    """Return the place of a tile: all rows of a key/value head, the longest first, before those of the next head."""
+    group = g.heads // g.kv_heads
+    rest, member = lax.div(number, I32(group)), lax.rem(number, I32(group))
+    batch_head, row = lax.div(rest, I32(g.rows)), g.rows - 1 - lax.rem(rest, I32(g.rows))
+    batch, kv_head = lax.div(batch_head, I32(g.kv_heads)), lax.rem(batch_head, I32(g.kv_heads))
+    position = r.offset[0] + row * ROW
+    reach = I32(0) if g.window is None else position - g.window + 1  # the first key that its first query sees
+    first = lax.div(jnp.maximum(reach, 0), I32(g.step)) if g.entries is None else I32(0)
     return SimpleNamespace(
-        batch=batch, head=head, kv_head=kv_head, row=row, position=position, length=length, first=first, count=count
-    )
+        batch=batch, head=kv_head * group + member, kv_head=kv_head, row=row, position=position, length=r.length[batch],
+        reach=reach, first=first,
+    )  # fmt: skip
 
 
-def _begin(g, r, at, step):
-    """Return the first key of a step, and whether there are any keys."""
+def _steps(g, r, at):
+    """Return which steps of a tile need no mask, from a first one to before a last one, and how many it takes."""
+    if g.entries is None:
+        count = lax.div(jnp.minimum(at.position + ROW, at.length) + (g.step - 1), I32(g.step)) - at.first
+        count = jnp.where(at.position < at.length, count, 1)  # rows of padding only write something
+        edge = I32(0) if g.window is None else lax.div(jnp.maximum(at.reach + ROW + g.step - 2, 0), I32(g.step))
+        begin, end = edge - at.first, lax.div(jnp.minimum(at.position + 1, at.length), I32(g.step)) - at.first
+    else:
+        begin, end, count = (r.spans[at.batch, at.head, at.row, i] for i in range(3))
+    count = jnp.maximum(count, 1)
+    begin = jnp.clip(begin, 0, count)
+    return begin, jnp.clip(end, begin, count), count
+
+
+def _first_key(g, r, at, step):
+    """Return the first key of a step, and whether it has any."""
     if g.entries is None:
         return (at.first + step) * g.step, True
     entry = jnp.minimum(lax.div(step, I32(g.steps)), g.entries - 1)
@@ -208,117 +284,163 @@ def _begin(g, r, at, step):
     return jnp.where(there, block, 0) * ROW + lax.rem(step, I32(g.steps)) * g.step, there
 
 
-def _load(g, r, at):
-    """Bring keys and values, a step at a time."""
+def _load(g, r, turns, where):
+    """Bring the queries, keys and values of all tiles, a step at a time."""
     plgpu.set_max_registers(40, action="decrease")
 
-    def bring(step, begin):
-        following, _ = _begin(g, r, at, step + 1)  # asked for before it is needed
-        stage = lax.rem(step, I32(STAGES))
-        where = (at.batch, pl.ds(pl.multiple_of(begin, g.step), g.step), at.kv_head)
-        pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(r.keys_free.at[stage]))
-        plgpu.copy_gmem_to_smem(r.k.at[where], r.keys.at[stage], r.keys_full.at[stage])
-        pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(r.values_free.at[stage]))
-        plgpu.copy_gmem_to_smem(r.v.at[where], r.values.at[stage], r.values_full.at[stage])
-        return following
+    def ahead(turn):  # asked for a tile before it is needed
+        at = where(turn)
+        return _steps(g, r, at)[2], _first_key(g, r, at, I32(0))[0]
 
-    lax.fori_loop(0, at.count, bring, _begin(g, r, at, I32(0))[0])
+    def bring_tile(turn, carry):
+        done, count, key = carry
+        at, following = where(turn), ahead(turn + 1)
+
+        def bring_queries(half):
+            pl.when(turn > 0)(lambda: plgpu.barrier_wait(r.queries_free.at[half]))
+            mine = pl.ds(at.row * ROW + half * HALF, HALF)
+            plgpu.copy_gmem_to_smem(r.q.at[at.batch, mine, at.head], r.queries.at[half], r.queries_full.at[half])
+
+        def bring(step, key):
+            following, _ = _first_key(g, r, at, step + 1)
+            stage, again = lax.rem(done + step, I32(STAGES)), done + step >= STAGES
+            rows = (at.batch, pl.ds(pl.multiple_of(key, g.step), g.step), at.kv_head)
+            pl.when(again)(lambda: plgpu.barrier_wait(r.keys_free.at[stage]))
+            plgpu.copy_gmem_to_smem(r.k.at[rows], r.keys.at[stage], r.keys_full.at[stage])
+            pl.when(step == 0)(lambda: bring_queries(1))
+            pl.when(again)(lambda: plgpu.barrier_wait(r.values_free.at[stage]))
+            plgpu.copy_gmem_to_smem(r.v.at[rows], r.values.at[stage], r.values_full.at[stage])
+            return following
+
+        bring_queries(0)
+        lax.fori_loop(0, count, bring, key)
+        return done + count, *following
+
+    lax.fori_loop(0, turns, bring_tile, (I32(0), *ahead(I32(0))))
 
 
-def _read(g, r, at, warpgroup):
-    """Fold the keys and values of all steps into the output of 64 queries."""
+def _read(g, r, turns, where, warpgroup):
+    """Fold the keys and values of all tiles into the outputs of this warpgroup's 64 queries of each."""
     plgpu.set_max_registers(232, action="increase")
+    pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(r.turn.at[0]))
+
+    def read(turn, carry):
+        done, *steps = carry
+        following = _steps(g, r, where(turn + 1))
+        _read_tile(g, r, where(turn), steps, done, warpgroup)
+        return done + steps[2], *following
+
+    lax.fori_loop(0, turns, read, (I32(0), *_steps(g, r, where(I32(0)))))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _read_tile(g, r, at, steps, done, warpgroup):
+    begin, end, count = steps
     queries = r.queries.at[warpgroup]
-    mine = pl.ds(at.row * ROW + warpgroup * HALF, HALF)
-    plgpu.copy_gmem_to_smem(r.q.at[at.batch, mine, at.head], queries, r.asked.at[warpgroup])
-    plgpu.barrier_wait(r.asked.at[warpgroup])
     first = at.position + warpgroup * HALF
-    scale = LOG2E / math.sqrt(g.head_dim)
+    last = count - 1
 
-    def take_turns():
-        plgpu.barrier_arrive(r.turn)
-        plgpu.barrier_wait(r.turn)
+    def stage_of(step):
+        return lax.rem(done + step, I32(STAGES))
 
-    def fold(step, state):
-        sums, top, total = state
-        stage = lax.rem(step, I32(STAGES))
+    def multiply(step, sums, weights):
+        """Return the sums with the values of the step before, if there is one, and the scores of a step.
 
-        def multiply_keys(acc):
-            plgpu.wgmma(acc, queries, r.keys.at[stage].T)
-            take_turns()
-            return acc[...]
+        One after the other without waiting in between; then it is the other reader's turn.
+        """
+        keys, values = stage_of(step), stage_of(step - 1)
 
-        scores = pl.run_scoped(multiply_keys, plgpu.ACC((HALF, g.step), F32))
-        plgpu.barrier_arrive(r.keys_free.at[stage])
-        begin, there = _begin(g, r, at, step)
-        scores = lax.cond(
-            _needs_mask(g, at, first, begin, there), lambda s: _mask(g, at, first, begin, there, s), lambda s: s, scores
-        )
-        new_top = jnp.maximum(top, scores.max(axis=1) * scale)
-        decay = jnp.exp2(top - new_top)
-        probs = jnp.exp2(scores * scale - lax.broadcast_in_dim(new_top, scores.shape, [0]))
-        sums *= lax.broadcast_in_dim(decay, sums.shape, [0])
-        total *= decay
-        weights = probs.astype(g.dtype)
+        def issue(refs):
+            plgpu.barrier_wait(r.keys_full.at[keys])
+            if weights is not None:
+                plgpu.barrier_wait(r.values_full.at[values])
+            plgpu.barrier_wait(r.turn.at[warpgroup])
+            if weights is not None:
+                plgpu.wgmma(refs[1], weights, r.values.at[values])
+            plgpu.wgmma(refs[0], queries, r.keys.at[keys].T)
+            plgpu.barrier_arrive(r.turn.at[1 - warpgroup])
 
-        def wait_for_values():
-            plgpu.barrier_arrive(r.turn)
-            plgpu.barrier_wait(r.values_full.at[stage])
-            plgpu.barrier_wait(r.turn)
+        empty = plgpu.ACC.init(plgpu.layout_cast(jnp.zeros((HALF, g.step), F32), TILE))
+        scores, *sums = pl.run_state(issue)((empty, *([] if weights is None else [plgpu.ACC.init(sums)])))
+        plgpu.barrier_arrive(r.keys_free.at[keys])
+        if weights is not None:
+            plgpu.barrier_arrive(r.values_free.at[values])
+        if g.staged:
+            pl.when(step == last)(lambda: plgpu.barrier_arrive(r.queries_free.at[warpgroup]))
+        return scores, *sums
 
-        if g.head_dim <= 128:  # which order is faster was found by measuring
-            total += probs.sum(axis=1)
-            sums, total, new_top, weights = lax.optimization_barrier((sums, total, new_top, weights))
-            wait_for_values()
-        else:
-            wait_for_values()
-            total += probs.sum(axis=1)
+    def fold(step, state, *, masked):
+        scores, *state = state
+        sums, top, total, weights = _weigh(g, r, at, first, step if masked else None, scores, state)
+        scores, sums = multiply(step + 1, sums, weights)
+        return scores, sums, top, total
 
-        def multiply_values(acc):
-            plgpu.wgmma(acc, weights, r.values.at[stage])
-            following = step + 1
-            pl.when(following < at.count)(lambda: plgpu.barrier_wait(r.keys_full.at[lax.rem(following, I32(STAGES))]))
-
-        sums = pl.run_state(multiply_values)(plgpu.ACC.init(sums))
-        plgpu.barrier_arrive(r.values_free.at[stage])
-        return sums, new_top, total
-
+    plgpu.barrier_wait(r.queries_full.at[warpgroup])
     state = (
+        *multiply(I32(0), None, None),
         plgpu.layout_cast(jnp.zeros((HALF, g.head_dim), F32), TILE),
         plgpu.layout_cast(jnp.full((HALF,), FLOOR, F32), ROWS),
         plgpu.layout_cast(jnp.zeros((HALF,), F32), ROWS),
     )
-    pl.when(at.count > 0)(lambda: plgpu.barrier_wait(r.keys_full.at[0]))
-    pl.when(warpgroup == 1)(take_turns)
-    sums, top, total = lax.fori_loop(0, at.count, fold, state)
-    pl.when(warpgroup == 0)(take_turns)
+    begin, end = jnp.minimum(begin, last), jnp.minimum(end, last)
+    if g.entries is not None or g.window is not None:
+        state = lax.fori_loop(0, begin, functools.partial(fold, masked=True), state)
+    state = lax.fori_loop(begin, end, functools.partial(fold, masked=False), state)
+    scores, *state = lax.fori_loop(end, last, functools.partial(fold, masked=True), state)
+    sums, top, total, weights = _weigh(g, r, at, first, last, scores, state)
 
+    def finish(acc):
+        plgpu.barrier_wait(r.values_full.at[stage_of(last)])
+        plgpu.barrier_wait(r.turn.at[warpgroup])
+        plgpu.wgmma(acc, weights, r.values.at[stage_of(last)])
+        plgpu.barrier_arrive(r.turn.at[1 - warpgroup])
+
+    sums = pl.run_state(finish)(plgpu.ACC.init(sums))
+    plgpu.barrier_arrive(r.values_free.at[stage_of(last)])
+    _write(g, r, at, warpgroup, sums, top, total)
+
+
+def _weigh(g, r, at, first, masked_step, scores, state):
+    """Return the sums so far, as they decay, the new maximum in base 2 and total of weights, and those of a step."""
+    sums, top, total = state
+    if masked_step is not None:
+        scores = _mask(g, r, at, first, masked_step, scores)
+    scale = LOG2E / math.sqrt(g.head_dim)
+    new_top = jnp.maximum(top, scores.max(axis=1) * scale)
+    decay = jnp.exp2(top - new_top)
+    probs = jnp.exp2(scores * scale - lax.broadcast_in_dim(new_top, scores.shape, [0]))
+    sums = sums * lax.broadcast_in_dim(decay, sums.shape, [0])
+    total = total * decay + probs.sum(axis=1)
+    return lax.optimization_barrier((sums, new_top, total, probs.astype(g.dtype)))
+
+
+def _write(g, r, at, warpgroup, sums, top, total):
+    """Write the outputs of 64 queries; zeros where they saw nothing."""
     share = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
-    queries[...] = (sums * lax.broadcast_in_dim(share, sums.shape, [0])).astype(g.dtype)
+    staged = (r.staged if g.staged else r.queries).at[warpgroup]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    staged[...] = (sums * lax.broadcast_in_dim(share, sums.shape, [0])).astype(g.dtype)
+    mine = pl.ds(at.row * ROW + warpgroup * HALF, HALF)
     if g.with_lse:
         lse = top / LOG2E + jnp.log(jnp.where(total > 0, total, 1.0))
         r.sums[warpgroup] = jnp.where(total > 0, lse, -jnp.inf)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(queries, r.out.at[at.batch, mine, at.head])
+    plgpu.copy_smem_to_gmem(staged, r.out.at[at.batch, mine, at.head])
     if g.with_lse:
         plgpu.copy_smem_to_gmem(r.sums.at[warpgroup], r.lse.at[at.batch, at.head, mine])
-    plgpu.wait_smem_to_gmem(0)
+    if not g.staged:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(r.queries_free.at[warpgroup])
 
 
-def _needs_mask(g, at, first, begin, there):
-    """Return whether any of 64 queries may not see some key of a step."""
-    end = begin + g.step
-    masked = (end > first + 1) | (end > at.length) | ~jnp.asarray(there)
-    if g.window is not None:
-        masked |= (begin <= first + (HALF - 1) - g.window) & (end > g.sinks)
-    return masked
-
-
-def _mask(g, at, first, begin, there, scores):
+def _mask(g, r, at, first, step, scores):
     """Return the scores of a step, -inf where a query may not see a key."""
+    begin, there = _first_key(g, r, at, step)
+    if g.entries is not None:  # a row that names nothing takes a step all the same
+        there &= step < r.spans[at.batch, at.head, at.row, 2]
+    end = jnp.where(there, at.length, 0)
     query = first + plgpu.broadcasted_iota(I32, scores.shape, 0, layout=TILE)
     key = begin + plgpu.broadcasted_iota(I32, scores.shape, 1, layout=TILE)
-    end = jnp.where(there, at.length, 0)
     seen = (key <= query) & (key < end)
     if g.window is not None:
         seen &= (key > query - g.window) | (key < g.sinks)

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.choose_blocks import reference
-from pallas_kernels.dispatch import Implementation, capability, choose, kernel, platform
+from pallas_kernels.choose_blocks import reference, topk
+from pallas_kernels.dispatch import Implementation, capability, choose, platform
 from pallas_kernels.index import BlockIndex
 
 CHOOSE_BLOCKS = (
-    kernel("choose_blocks", "mosaic_gpu", "choose_blocks"),
+    Implementation(name="topk_pages", refuse=topk.refuse, run=topk.choose_blocks),
     Implementation(name="xla", refuse=reference.refuse, run=reference.choose_blocks),
 )
 
@@ -42,11 +42,12 @@ def choose_blocks(
         budget: entries M of the index, at least ``sinks + recent`` and 1.
         mass: share of the sum of a row's scores, 0 to 1; may be traced.
         offset: position of the first query, an int32 scalar that may be traced.
-        implementation: ``"mosaic_gpu"`` or ``"xla"``; ``None`` takes the fastest that can serve.
+        implementation: ``"topk_pages"`` or ``"xla"``; ``None`` takes the fastest that can serve.
 
     Returns:
         The index ``[B, N, R, M]`` and the blocks asked for, int32 ``[B, N, R]``: more than M where the budget cut a row
-        short, which then attends to its forced blocks and the best others.
+        short, which then attends to its forced blocks and the best others (``"topk_pages"`` says M + 1, however many
+        more a mass asked for).
 
     Raises:
         ValueError: if shapes do not match or a number is out of range.

@@ -16,7 +16,7 @@ def choose_blocks(scores_BNRC, mass, offset, *, block_size, budget, sinks, recen
     """See :func:`pallas_kernels.choose_blocks.choose_blocks`."""
     rows, blocks = scores_BNRC.shape[2:]
     ids_1C = jnp.arange(blocks)[None]
-    last_R1 = (offset + (jnp.arange(rows)[:, None] + 1) * block_size - 1) // block_size
+    last_R1 = jnp.minimum((offset + (jnp.arange(rows)[:, None] + 1) * block_size - 1) // block_size, blocks - 1)
     exists = jnp.broadcast_to((ids_1C <= last_R1)[None, None], scores_BNRC.shape)
     forced = exists & ((ids_1C < sinks) | (ids_1C > last_R1 - recent))[None, None]
     scores_BNRC = jnp.where(exists, scores_BNRC, 0.0)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import BlockIndex, block_sparse_attention, choose_blocks
+from pallas_kernels.choose_blocks import topk
 
 
 def attend_numpy(q, k, v, counts, blocks, size, *, lengths, offset, window=None, sinks=0):
@@ -90,11 +91,16 @@ def test_chosen_by_hand():
     assert choose_blocks(scores, block_size=4, budget=4, mass=0.6)[0].counts[0, 0].tolist() == [1, 2, 3, 2]
 
 
+@pytest.mark.parametrize("way", ["xla", "topk_pages"])
 @pytest.mark.parametrize("mass", [None, 0.7], ids=["budget", "mass"])
-def test_choice_equals_numpy(rng, mass):
-    scores = rng.exponential(size=(2, 3, 5, 9)).astype(np.float32)
+def test_choice_equals_numpy(rng, mass, way):
+    scores = np.round(rng.exponential(size=(2, 3, 5, 9)), 1).astype(np.float32)  # some of them are equal
     options = {"block_size": 8, "budget": 4, "sinks": 1, "recent": 2}
-    index, wanted = choose_blocks(jnp.asarray(scores), mass=mass, offset=16, **options)
+    if way == "xla":
+        index, wanted = choose_blocks(jnp.asarray(scores), mass=mass, offset=16, **options)
+    else:  # with the reference of the pages, where no kernel serves
+        share = None if mass is None else jnp.float32(mass)
+        index, wanted = topk.choose_blocks(jnp.asarray(scores), share, jnp.int32(16), implementation="xla", **options)
     for place in np.ndindex(2, 3, 5):
         last = 2 + place[2]
         exist = list(range(min(last + 1, 9)))
@@ -102,7 +108,7 @@ def test_choice_equals_numpy(rng, mass):
         ranked = forced + sorted((c for c in exist if c not in forced), key=lambda c: -scores[place][c])
         held = np.cumsum([0, *scores[place][ranked]])
         enough = len(ranked) if mass is None else max(int(np.sum(held[:-1] < mass * held[-1])), len(forced))
-        assert int(wanted[place]) == enough
+        assert int(wanted[place]) == (min(enough, 5) if way == "topk_pages" and mass is not None else enough)
         kept = index.blocks[place][: index.counts[place]].tolist()
         assert kept == sorted(ranked[: min(enough, 4)])
 
