@@ -78,8 +78,8 @@ class TriShape(SparsityPolicy):
         blocks_RC = jnp.pad(blocks_RM, ((0, 0), (0, num_blocks - blocks_RM.shape[1])))
         first_R = obs.offset + jnp.arange(len(counts_R)) * size
         lengths_B = jnp.full(batch, num_keys) if obs.lengths_B is None else obs.lengths_B
-        ends_BR = first_R[None] + size > lengths_B[:, None] - self.last
-        whole_BR = ends_BR & (first_R[None] < lengths_B[:, None])
+        end_BR = jnp.minimum(first_R[None] + size, lengths_B[:, None])
+        whole_BR = (end_BR > lengths_B[:, None] - self.last) & (first_R[None] < lengths_B[:, None])
         counts_BR = jnp.where(whole_BR, last_R[None] + 1, counts_R[None])
         blocks_BRC = jnp.where(whole_BR[..., None], jnp.arange(num_blocks)[None, None], blocks_RC[None])
         index = BlockIndex(
