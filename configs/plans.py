@@ -41,6 +41,7 @@ from dyninf.kv import (
     pyramid_budgets,
 )
 from dyninf.plan import Plan
+from dyninf.sparsity import AShape, PowerAttention, TriShape
 
 
 def plans(num_layers: int) -> dict[str, Plan]:
@@ -154,4 +155,11 @@ def plans(num_layers: int) -> dict[str, Plan]:
         # Half of the 128 directions of the shipped model's keys, 98 % of their squares; the outliers of the paper's
         # code for a budget of 512, and its four last pages. The rotation is that of evict_expected.
         "select_shadow_kv": Plan(select=TopK(scorer=ShadowKV(rank=64, outliers=12), budget=512, sinks=0, recent=32)),
+        # Sparse plans attend to a part of the prompt only. The sinks of the paper's code, and a window in proportion to
+        # its 4096 tokens of a context of 16k.
+        "sparse_a_shape": Plan(sparsity=AShape(window=512)),
+        # The same in whole blocks; the last block of a prompt, which holds the question, reads everything.
+        "sparse_tri_shape": Plan(sparsity=TriShape(window=512)),
+        # Half of the paper's unit and two of them near, as five units of 256 are most of the shipped model's context.
+        "sparse_power": Plan(sparsity=PowerAttention(window=2, unit=128)),
     }

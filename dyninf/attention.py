@@ -6,7 +6,7 @@ know nothing of caches.
 """
 
 import dataclasses
-from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +18,36 @@ from dyninf.kv.pages import arrange_prompt, choose_pages, summarize_prompt, summ
 from dyninf.kv.top_k import TopK
 from dyninf.model import Attend
 from dyninf.own_cache import OwnCache
-from pallas_kernels import append_and_score, append_tokens, decode_attention, prefill_attention
+from dyninf.sparsity.base import Dense, PromptObs, Selected, SparsityPolicy
+from pallas_kernels import (
+    append_and_score,
+    append_tokens,
+    block_sparse_attention,
+    decode_attention,
+    prefill_attention,
+)
 
-KEEP_ALL, READ_ALL = KeepAll(), ReadAll()
-LayerAttend = Callable[[LayerCache | None, jax.Array], Attend]
+KEEP_ALL, READ_ALL, DENSE = KeepAll(), ReadAll(), Dense()
+
+
+class LayerAttend(Protocol):
+    """Build the ``attend`` function of a layer."""
+
+    def __call__(self, cache: LayerCache | None, active_BT: jax.Array, layer: int | None = None) -> Attend:
+        """Return it for the cache of the layer, the tokens that run it, and its number, ``None`` if it is traced."""
 
 
 def attend_prompt(
-    lengths_B: jax.Array, evict: TopK | KeepAll = KEEP_ALL, select: TopK | ReadAll = READ_ALL
+    lengths_B: jax.Array,
+    evict: TopK | KeepAll = KEEP_ALL,
+    select: TopK | ReadAll = READ_ALL,
+    sparsity: SparsityPolicy = DENSE,
 ) -> LayerAttend:
     """Attend among the T tokens of a prompt and store their keys and values, or what is kept, in an empty cache."""
 
-    def for_layer(cache: LayerCache | None, active_BT: jax.Array) -> Attend:
+    def for_layer(cache: LayerCache | None, active_BT: jax.Array, layer: int | None = None) -> Attend:
         def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
-            o_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, window=window)
+            o_BTNH = _attend_selected(sparsity, layer, q_BTNH, k_BTKH, v_BTKH, lengths_B, window=window)
             if isinstance(cache, OwnCache):
                 _refuse_window(window)
                 return o_BTNH, cache.fill(k_BTKH, v_BTKH, lengths_B, select)
@@ -44,6 +60,26 @@ def attend_prompt(
                 return o_BTNH, summarize_prompt(filled, select, k_BTKH.shape[1], lengths_B)
             _refuse_window(window)
             return o_BTNH, evict.compress(cache, obs, active_BT)
+
+        return attend
+
+    return for_layer
+
+
+def attend_chunk(lengths_B: jax.Array, offset: jax.Array, sparsity: SparsityPolicy = DENSE) -> LayerAttend:
+    """Attend from a chunk of prompts over the cache, to which its keys and values are added.
+
+    Args:
+        lengths_B: tokens of the whole prompts; the rest is padding and leaves zeros behind.
+        offset: position of the chunk's first token.
+        sparsity: which blocks of the cache the chunk attends to.
+    """
+
+    def for_layer(cache: LayerCache, active_BT: jax.Array, layer: int | None = None) -> Attend:
+        def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
+            filled = write_prompt(cache, k_BTKH, v_BTKH, active_BT, offset)
+            about = {"offset": offset, "window": window}
+            return _attend_selected(sparsity, layer, q_BTNH, filled.k, filled.v, lengths_B, **about), filled
 
         return attend
 
@@ -68,7 +104,7 @@ def attend_cached(
         write_inactive: whether tokens that do not run this layer still write their keys and values.
     """
 
-    def for_layer(cache: LayerCache, active_BT: jax.Array) -> Attend:
+    def for_layer(cache: LayerCache, active_BT: jax.Array, layer: int | None = None) -> Attend:
         written_BT = live_BT if write_inactive else live_BT & active_BT
 
         def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
@@ -94,18 +130,31 @@ def attend_cached(
     return for_layer
 
 
-def attend_uncached(lengths_B: jax.Array, *, keep_inactive: bool) -> LayerAttend:
+def attend_uncached(
+    lengths_B: jax.Array,
+    *,
+    keep_inactive: bool,
+    prompt_lengths_B: jax.Array | None = None,
+    sparsity: SparsityPolicy = DENSE,
+) -> LayerAttend:
     """Attend causally among all tokens without a cache (teacher forcing).
 
     Args:
         keep_inactive: whether keys of tokens that do not run this layer may be attended.
+        prompt_lengths_B: first tokens of each sequence that attend as ``sparsity`` says, by which all run this layer.
+        sparsity: which blocks these attend to.
     """
 
-    def for_layer(cache: None, active_BT: jax.Array) -> Attend:
+    def for_layer(cache: None, active_BT: jax.Array, layer: int | None = None) -> Attend:
         keep_BT = None if keep_inactive else active_BT
 
         def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
-            return prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, window=window, keep_BT=keep_BT), None
+            o_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, window=window, keep_BT=keep_BT)
+            if isinstance(sparsity, Dense):
+                return o_BTNH, None
+            sparse_BTNH = _attend_selected(sparsity, layer, q_BTNH, k_BTKH, v_BTKH, prompt_lengths_B, window=window)
+            prompt_BT = jnp.arange(q_BTNH.shape[1])[None] < prompt_lengths_B[:, None]
+            return jnp.where(prompt_BT[:, :, None, None], sparse_BTNH, o_BTNH), None
 
         return attend
 
@@ -152,6 +201,46 @@ def store_and_score(
     about = {"kind": scorer.kind, "page_size": scorer.page_size, "reduce": scorer.reduce}
     k, v, summary, scores_BKP = append_and_score(*arrays, **about)
     return dataclasses.replace(cache, k=k, v=v, summary=summary), scorer.combine(scores_BKP)
+
+
+def _attend_selected(
+    sparsity: SparsityPolicy,
+    layer: int | None,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    offset: jax.Array | None = None,
+    window: int | None = None,
+) -> jax.Array:
+    """Attend from a prompt, or the chunk of one that begins at ``offset``, to the blocks that the policy names."""
+    first = 0 if offset is None else offset
+    obs = PromptObs(layer=layer, q_BTNH=q_BTNH, k_BSKH=k_BSKH, lengths_B=lengths_B, offset=first)
+    selected = sparsity.select(obs)
+    if selected is None:
+        return prefill_attention(q_BTNH, k_BSKH, v_BSKH, lengths_B, window=window, offset=offset)
+    if offset is not None and q_BTNH.shape[1] % selected.index.block_size:
+        raise ValueError(
+            f"expected a chunk of a multiple of {selected.index.block_size} tokens, the blocks of "
+            f"{type(sparsity).__name__}, got {q_BTNH.shape[1]}"
+        )
+    window, sinks = _within(window, selected, k_BSKH.shape[1])
+    return block_sparse_attention(
+        q_BTNH, k_BSKH, v_BSKH, selected.index, lengths_B, offset=first, window=window, sinks=sinks
+    )
+
+
+def _within(window: int | None, selected: Selected, num_keys: int) -> tuple[int | None, int]:
+    """Return the window and the sinks of what is seen in the window of a layer among what a policy sees."""
+    if window is None or window >= num_keys:
+        return selected.window, selected.sinks
+    if selected.window is None or window <= selected.window or not selected.sinks:
+        return (window if selected.window is None else min(window, selected.window)), 0
+    raise NotImplementedError(
+        f"expected layers of full attention, or of a window of at most {selected.window} tokens, for a sparsity policy "
+        f"with sinks beside that window, got a layer with a window of {window}, which would hide them"
+    )
 
 
 def _refuse_window(window: int | None) -> None:

@@ -244,16 +244,18 @@ def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax
     )
 
 
-def write_prompt(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, written_BT: jax.Array) -> LayerCache:
-    """Write T tokens to slots 0 to T-1 in one copy; unwritten tokens leave zeros behind."""
+def write_prompt(
+    cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, written_BT: jax.Array, first: jax.Array | int = 0
+) -> LayerCache:
+    """Write T tokens to slots ``first`` to ``first + T - 1`` in one copy; unwritten tokens leave zeros behind."""
     keep = written_BT[:, :, None, None]
     zero = jnp.zeros((), cache.k.dtype)
     put = jax.lax.dynamic_update_slice
     return dataclasses.replace(
         cache,
-        k=put(cache.k, jnp.where(keep, k_BTKH.astype(cache.k.dtype), zero), (0, 0, 0, 0)),
-        v=put(cache.v, jnp.where(keep, v_BTKH.astype(cache.v.dtype), zero), (0, 0, 0, 0)),
-        valid=None if cache.valid is None else put(cache.valid, written_BT, (0, 0)),
+        k=put(cache.k, jnp.where(keep, k_BTKH.astype(cache.k.dtype), zero), (0, first, 0, 0)),
+        v=put(cache.v, jnp.where(keep, v_BTKH.astype(cache.v.dtype), zero), (0, first, 0, 0)),
+        valid=None if cache.valid is None else put(cache.valid, written_BT, (0, first)),
     )
 
 

@@ -142,7 +142,8 @@ def run_static(
     for index in range(max(policy.prefill_layers(len(layers))) + 1):
         entered_BTD, caches[index] = x_BTD, lend(caches[:index], caches[index])
         if index in kept:
-            x_BTD, caches[index] = layers[index](x_BTD, run.positions_BT, run.attend(caches[index], run.live_BT))
+            attend = run.attend(caches[index], run.live_BT, index)
+            x_BTD, caches[index] = layers[index](x_BTD, run.positions_BT, attend)
         else:
             obs = observe(run, len(layers), index, x_BTD, prev_BTD)
             x_BTD = take_skip_state(policy, state, obs, run.live_BT, x_BTD)

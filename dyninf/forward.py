@@ -3,7 +3,8 @@
 Every token decides for itself as it would while decoding, and attends to keys of the states at which earlier tokens
 ended (with ``fill="catch_up"`` to the dense model's keys), so the result equals feeding the text through
 :func:`dyninf.decode_step` token by token. Under a plan that evicts or selects, what a token reads depends on all tokens
-before it: its text is fed that way, one step a token.
+before it: its text is fed that way, one step a token. Under a plan whose prompts are sparse, the tokens of the prompt
+attend as :func:`dyninf.prefill` would let them, those behind it to everything.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from dyninf.layer_run import LayerRun
 from dyninf.model import CausalLM, readout_of
 from dyninf.plan import Plan, catches_up, check, leaves_gaps, propagates
 from dyninf.pytree import pytree
+from dyninf.sparsity.base import Dense
 
 
 @pytree()
@@ -50,20 +52,26 @@ def forward(
         tokens: ``int32 [B, T]``, right-padded.
         lengths: tokens of each sequence ``[B]``; ``None`` for T.
         prompt_lengths: tokens of each sequence that count as prompt ``[B]`` and run what the plan's prefill runs;
-            ``None`` for 1, so that all but the first token are decoded under the plan.
+            ``None`` for 1, so that all but the first token are decoded under the plan, or for the whole text where the
+            plan's prompts are sparse.
 
     Returns:
         Entries at padding are meaningless.
 
     Raises:
-        ValueError: if the plan does not fit the model, its prompt runs other layers than ``unrolled`` would, or
-            another driver than ``masked`` is asked for a plan that catches up, evicts or selects.
+        ValueError: if the plan does not fit the model, its prompt runs other layers than ``unrolled`` would,
+            another driver than ``masked`` is asked for a plan that catches up, evicts or selects, or ``scan`` for one
+            whose prompts are sparse.
     """
     plan = Plan() if plan is None else plan
     check(plan, model)
     batch, length = tokens.shape
     lengths = jnp.full(batch, length) if lengths is None else lengths
-    prompt_lengths = jnp.ones(batch, jnp.int32) if prompt_lengths is None else prompt_lengths
+    sparse = not isinstance(plan.sparsity, Dense)
+    if sparse and driver == "scan":
+        raise ValueError("expected another driver than 'scan' for a sparsity policy, which asks for layers by number")
+    if prompt_lengths is None:
+        prompt_lengths = lengths if sparse else jnp.ones(batch, jnp.int32)
     positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
     live_BT = positions_BT < lengths[:, None]
     step_BT = positions_BT - prompt_lengths[:, None]
@@ -77,7 +85,9 @@ def forward(
         step_BT=jnp.maximum(step_BT, 0),
         live_BT=live_BT,
         governed_BT=live_BT & (step_BT >= 0),
-        attend=attend_uncached(lengths, keep_inactive=not leaves_gaps(plan)),
+        attend=attend_uncached(
+            lengths, keep_inactive=not leaves_gaps(plan), prompt_lengths_B=prompt_lengths, sparsity=plan.sparsity
+        ),
         unembed=model.unembed,
         readout=readout_of(model),
         propagate=propagates(plan),

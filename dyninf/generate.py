@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dyninf.attention import attend_cached, attend_prompt
+from dyninf.attention import attend_cached
 from dyninf.cache import CacheSpec, advance, init_cache, list_caches, stack_caches
 from dyninf.catch_up import no_pending
 from dyninf.decode_state import DecodeState, Generation, cache_layout, check_state
-from dyninf.depth_loop import Driver, check_driver, default_driver, run_layers, run_static
+from dyninf.depth_loop import Driver, check_driver, default_driver, run_layers
 from dyninf.indexed import is_indexed
 from dyninf.kv.base import KeepAll, ReadAll
 from dyninf.kv.pages import mean_left_out, mean_read
@@ -26,6 +26,7 @@ from dyninf.kv.top_k import TopK
 from dyninf.layer_run import LayerRun
 from dyninf.model import CausalLM, readout_of
 from dyninf.plan import Plan, catches_up, check, propagates
+from dyninf.prompt_run import check_chunk, padded_length, run_prompt
 from dyninf.prompts import PAD, check_key, check_prompts, stop_matrix
 from dyninf.stats import StepStats
 
@@ -38,6 +39,8 @@ def prefill(
     spec: CacheSpec,
     key: jax.Array,
     stop: jax.Array | None = None,
+    *,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, DecodeState]:
     """Run the prompts, fill the cache and sample the first token.
 
@@ -47,38 +50,28 @@ def prefill(
         spec: cache to allocate; capacity at least T. A plan that evicts allocates its budget where that is less.
         key: one key, split over the batch, or one per sequence ``[B]``.
         stop: stop sequences ``[R, M]`` as :func:`dyninf.prompts.stop_matrix` makes them.
+        chunk: tokens of the prompts that are read at a time; ``None`` to read all at once. See
+            :mod:`dyninf.prompt_run`; the capacity must have room for whole chunks.
 
     Returns:
         The logits after each prompt ``[B, V]``, float32, and the state that holds the first sampled token.
 
     Raises:
-        ValueError: if the plan does not fit the model or the cache is smaller than the prompts.
+        ValueError: if the plan or the chunk does not fit the model or each other, or the cache is smaller than the
+            prompts.
+        NotImplementedError: if the plan holds something this version cannot run, or not in chunks.
     """
     check(plan, model)
     batch, length, num_layers = *tokens.shape, len(model.layers)
     if spec.capacity < length:
         raise ValueError(f"expected a cache of at least {length} slots for this prompt, got {spec.capacity}")
-    positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    live_BT = positions_BT < lengths[:, None]
     cache = init_cache(model, batch, spec, **cache_layout(plan, model, batch, length, spec))
-    run = LayerRun(
-        positions_BT=positions_BT,
-        step_BT=jnp.zeros((batch, length), jnp.int32),
-        live_BT=live_BT,
-        governed_BT=jnp.zeros((batch, length), bool),
-        attend=attend_prompt(lengths, plan.evict, plan.select),
-        unembed=model.unembed,
-        readout=readout_of(model),
-        propagate=propagates(plan),
-    )
-    kept, depth = plan.depth.prefill_layers(num_layers), plan.depth.init((batch, length))
-    out = run_static(model.layers, model.embed(tokens), cache.layers, run, plan.depth, depth, kept)
-    last_BTD = jnp.take_along_axis(out.x_BTD, (lengths - 1)[:, None, None], axis=1)
+    last_BTD, caches = run_prompt(model, tokens, lengths, plan, cache, chunk)
     logits_BV = model.unembed(last_BTD)[:, 0].astype(jnp.float32)
     stop = jnp.zeros((0, 1), jnp.int32) if stop is None else stop
     state = DecodeState(
         token=jnp.zeros(batch, jnp.int32),
-        cache=advance(cache, stack_caches(out.caches) if _stacks(model, plan) else out.caches, lengths),
+        cache=advance(cache, stack_caches(caches) if _stacks(model, plan) else caches, lengths),
         depth=plan.depth.init((batch, 1)),
         key=key if key.ndim else jax.random.split(key, batch),
         done=jnp.zeros(batch, bool),
@@ -176,6 +169,7 @@ def generate(
     lengths: Any = None,
     stop: Sequence[int | Sequence[int]] = (),
     driver: Driver | None = None,
+    prefill_chunk: int | None = None,
 ) -> Generation:
     """Generate up to ``max_new_tokens`` tokens per sequence under a plan.
 
@@ -188,13 +182,15 @@ def generate(
         key: one key, or one per sequence ``[B]``; needed when the sampler draws.
         lengths: prompt lengths ``[B]``; ``None`` when nothing is padded.
         stop: token ids or sequences of ids that end a text.
+        prefill_chunk: tokens of the prompts that are read at a time, which bounds activations; ``None`` for all.
 
     Raises:
         ValueError: if the plan does not fit the model, the driver cannot run it for this batch, a prompt is empty or
             too long, a token is not in the vocabulary, or a sampler that draws got no key.
+        NotImplementedError: if the plan holds something this version cannot run, or not in chunks.
     """
     plan = Plan() if plan is None else plan
-    state = _begin(model, tokens, plan, max_new_tokens, key, lengths, stop, driver)
+    state = _begin(model, tokens, plan, max_new_tokens, key, lengths, stop, driver, prefill_chunk)
     generation, _ = _decode_loop(model, state, plan, max_new_tokens=max_new_tokens, driver=driver)
     return generation
 
@@ -209,6 +205,7 @@ def stream(
     lengths: Any = None,
     stop: Sequence[int | Sequence[int]] = (),
     driver: Driver | None = None,
+    prefill_chunk: int | None = None,
 ) -> Iterator[tuple[np.ndarray, StepStats | None]]:
     """Yield tokens as they are made: ``(tokens [B], stats)``, -1 for sequences that have ended.
 
@@ -216,22 +213,23 @@ def stream(
     prompt, are ``None``.
     """
     plan = Plan() if plan is None else plan
-    state = _begin(model, tokens, plan, max_new_tokens, key, lengths, stop, driver)
+    state = _begin(model, tokens, plan, max_new_tokens, key, lengths, stop, driver, prefill_chunk)
     return _stream(model, state, plan, max_new_tokens, driver)
 
 
-def _begin(model, tokens, plan, max_new_tokens, key, lengths, stop, driver) -> DecodeState:
+def _begin(model, tokens, plan, max_new_tokens, key, lengths, stop, driver, chunk) -> DecodeState:
     """Check everything the caller gave and run the prompts."""
     check(plan, model)
+    check_chunk(plan, chunk)
     tokens, lengths = check_prompts(model, tokens, lengths, max_new_tokens)
     key = check_key(key, plan.sampler, tokens.shape[0])
     if driver is not None:
         check_driver(driver, model.layers, plan, tokens.shape[0])
-    capacity = tokens.shape[1] + max_new_tokens
+    capacity = max(tokens.shape[1] + max_new_tokens, padded_length(tokens.shape[1], chunk))
     if is_indexed(model.layers) or isinstance(plan.select, TopK):
         capacity = -(-capacity // 8) * 8  # what kernels read at once
     spec = CacheSpec(capacity=capacity)
-    return _prefill(model, tokens, lengths, plan, spec, key, stop_matrix(stop))[1]
+    return _prefill(model, tokens, lengths, plan, spec, key, stop_matrix(stop), chunk)[1]
 
 
 def _stacks(model: CausalLM, plan: Plan) -> bool:
@@ -249,9 +247,9 @@ def _sample(state: DecodeState, logits_BV: jax.Array, plan: Plan) -> DecodeState
     return dataclasses.replace(state, token=token, recent=recent, done=done, step=state.step + 1)
 
 
-@functools.partial(jax.jit, static_argnames=("spec",))
-def _prefill(model, tokens, lengths, plan, spec, key, stop):
-    return prefill(model, tokens, lengths, plan, spec, key, stop)
+@functools.partial(jax.jit, static_argnames=("spec", "chunk"))
+def _prefill(model, tokens, lengths, plan, spec, key, stop, chunk):
+    return prefill(model, tokens, lengths, plan, spec, key, stop, chunk=chunk)
 
 
 @functools.partial(jax.jit, static_argnames=("driver",), donate_argnames=("state",))

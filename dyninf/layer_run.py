@@ -83,8 +83,8 @@ def plain_span(layers: Sequence[DecoderLayer], run: LayerRun) -> Span:
 
     def span(start, stop, x_BTD, active_BT, caches, carry):
         prev_BTD, updated = x_BTD, []
-        for layer, cache in zip(layers[start:stop], caches, strict=True):
-            y_BTD, cache = layer(x_BTD, run.positions_BT, run.attend(lend(updated, cache), active_BT))
+        for number, layer, cache in zip(range(start, stop), layers[start:stop], caches, strict=True):
+            y_BTD, cache = layer(x_BTD, run.positions_BT, run.attend(lend(updated, cache), active_BT, number))
             prev_BTD, x_BTD = x_BTD, jnp.where(active_BT[:, :, None], y_BTD, x_BTD)
             updated.append(cache)
         return x_BTD, prev_BTD, tuple(updated), carry

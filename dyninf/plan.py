@@ -12,21 +12,20 @@ import jax
 from dyninf.depth.base import DepthPolicy, RunAll, require_integer
 from dyninf.kv.base import KeepAll, ReadAll
 from dyninf.kv.top_k import TopK
-from dyninf.model import CausalLM
+from dyninf.model import CausalLM, query_shape
 from dyninf.pytree import pytree
 from dyninf.sampling import Greedy, Sampler
-from dyninf.sparsity.base import Dense
+from dyninf.sparsity.base import Dense, SparsityPolicy
 
 
 @pytree(static=("fill", "window"))
 class Plan:
     """How to run a model.
 
-    This version changes depth, eviction, selection and sampling; the other fields accept their identity elements and
-    mark where sparse prefill and self-speculation plug in.
+    This version accepts the identity element of ``draft`` only, which marks where self-speculation plugs in.
 
     Args:
-        sparsity: which blocks prefill attends.
+        sparsity: which blocks the tokens of a prompt attend to.
         evict: what the cache keeps.
         select: what a decode step reads of it.
         depth: which layers a token runs.
@@ -38,7 +37,7 @@ class Plan:
         sampler: how the next token is chosen.
     """
 
-    sparsity: Dense = Dense()
+    sparsity: SparsityPolicy = Dense()
     evict: TopK | KeepAll = KeepAll()
     select: TopK | ReadAll = ReadAll()
     depth: DepthPolicy = RunAll()
@@ -65,9 +64,6 @@ def catches_up(plan: Plan, num_layers: int) -> bool:
     return plan.fill == "catch_up" and not plan.depth.nested and plan.depth.static_layers(num_layers) is None
 
 
-_IDENTITIES = {"sparsity": Dense, "draft": type(None)}
-
-
 def check(plan: Plan, model: CausalLM) -> None:
     """Raise before any work if the plan does not fit the model.
 
@@ -77,21 +73,21 @@ def check(plan: Plan, model: CausalLM) -> None:
     """
     if not isinstance(plan, Plan):
         raise ValueError(f"expected a Plan, got {type(plan).__name__}; put a policy in its field: Plan(depth=policy)")
-    for name, identity in _IDENTITIES.items():
-        value = getattr(plan, name)
-        if not isinstance(value, identity):
-            raise NotImplementedError(f"expected {name}={identity.__name__} in this version, got {value!r}")
+    if plan.draft is not None:
+        raise NotImplementedError(f"expected draft=None in this version, got {plan.draft!r}")
     for name, identity in (("evict", KeepAll), ("select", ReadAll)):
         value = getattr(plan, name)
         if not isinstance(value, TopK | identity):
             raise ValueError(
                 f"expected {name} to be TopK(scorer=..., budget=...) or {identity.__name__}(), got {value!r}"
             )
+    if not isinstance(plan.sparsity, SparsityPolicy):
+        raise ValueError(f"expected sparsity to be a SparsityPolicy, got {plan.sparsity!r}")
     if not isinstance(plan.depth, DepthPolicy):
         raise ValueError(f"expected depth to be a DepthPolicy, got {plan.depth!r}")
     if not isinstance(plan.sampler, Sampler):
         raise ValueError(f"expected sampler to be a Sampler, got {plan.sampler!r}")
-    for name in ("depth", "sampler"):
+    for name in ("sparsity", "depth", "sampler"):
         value = getattr(plan, name)
         if jax.tree_util.all_leaves([value]):
             raise ValueError(f"expected {name} to be a pytree, got {value!r}; decorate its class with dyninf.pytree()")
@@ -109,6 +105,8 @@ def check(plan: Plan, model: CausalLM) -> None:
         )
     _check_cache(plan, len(model.layers))
     plan.depth.validate(len(model.layers))
+    if not isinstance(plan.sparsity, Dense):
+        plan.sparsity.validate(len(model.layers), query_shape(model).shape[2])
     plan.sampler.validate()
 
 

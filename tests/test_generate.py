@@ -234,6 +234,7 @@ def test_the_cache_may_have_another_dtype_than_the_model(tiny_model, weights, ca
         ({"plan": Plan(depth=Confidence(threshold=1.5))}, "threshold .* got 1.5"),
         ({"plan": Plan(sampler=TopK(k=0)), "key": jax.random.key(0)}, "k .* at least 1, got 0"),
         ({"plan": Plan(sampler=ExitAt(layer=2))}, "expected sampler to be a Sampler"),
+        ({"plan": Plan(sparsity="blocks")}, "expected sparsity to be a SparsityPolicy, got 'blocks'"),
         ({"plan": Plan(fill="copy")}, "expected fill 'propagate', 'mask' or 'catch_up', got 'copy'"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:30],
@@ -248,8 +249,8 @@ def test_bad_input_gets_one_clear_error_before_any_work(tiny_model, start, chang
 
 
 def test_what_this_version_cannot_run_is_named(tiny_model):
-    with pytest.raises(NotImplementedError, match="expected sparsity=Dense in this version, got 'blocks'"):
-        generate(tiny_model, PROMPTS, Plan(sparsity="blocks"), max_new_tokens=3)
+    with pytest.raises(NotImplementedError, match="expected draft=None in this version, got 'a plan'"):
+        generate(tiny_model, PROMPTS, Plan(draft="a plan"), max_new_tokens=3)
 
 
 def test_prefill_and_decode_step_refuse_what_does_not_fit(tiny_model):

@@ -52,6 +52,9 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help=f"stop after N tokens (default: {DEFAULT_NEW_TOKENS})"
     )
+    parser.add_argument(
+        "--prefill-chunk", type=int, metavar="N", help="read the prompt N tokens at a time (default: at once)"
+    )
     parser.add_argument("--temperature", type=float, help="draw tokens; below 1 sharper, above 1 flatter, 0 greedy")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable tokens that make up P")
@@ -68,7 +71,8 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate text on stdout and one line of statistics on stderr."""
-    check_positive(max_new_tokens=arguments.max_new_tokens, top_k=arguments.top_k)
+    counts = {name: getattr(arguments, name) for name in ("max_new_tokens", "prefill_chunk", "top_k")}
+    check_positive(**counts)
     stops = StopTexts(arguments.stop)
     prompt = _read_prompt(arguments)
     loaded = load(arguments)
@@ -108,6 +112,7 @@ def _generate(
         key=jax.random.key(arguments.seed),
         lengths=[len(ids)],
         stop=eos,
+        prefill_chunk=arguments.prefill_chunk,
     )
     if not arguments.no_echo:
         painter.echo(prompt)

@@ -19,7 +19,7 @@ from dyninf.models import Transformer
 from dyninf.training.exits_file import load_exits
 
 WEIGHTS = {AdaptedExit: "gate", MetaExit: "gate", StopExit: "weight"}  # arrays [L, D, ...] that read a state
-HIDDEN = ("sparsity", "draft")  # fields that hold only their identity element in this version
+HIDDEN = ("draft",)  # holds only its identity element in this version
 
 
 def add_plan_options(parser: argparse.ArgumentParser, *, default: str | None) -> None:

@@ -10,6 +10,7 @@ from dyninf.cli.common import check_positive, table_console
 from dyninf.cli.plan_options import fields, policies, shown
 from dyninf.configs.plans import plans
 from dyninf.kv import KeepAll, ReadAll
+from dyninf.sparsity import Dense
 
 EXAMPLES = """\
 examples:
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         changeable = " ".join(f"{path}={shown(value)}" for path, value in fields(plan).items())
         table.add_row(name, describe(plan), changeable)
         held = [*policies(plan.depth)]
-        for policy, identity in ((plan.evict, KeepAll()), (plan.select, ReadAll())):
+        for policy, identity in ((plan.sparsity, Dense()), (plan.evict, KeepAll()), (plan.select, ReadAll())):
             held += [] if policy == identity else policies(policy)
         summaries |= {type(policy).__name__: _first_line(policy) for policy in held}
     legend = Table(title="Policies", title_justify="left")

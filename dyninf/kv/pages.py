@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dyninf.cache import CacheSpec, KVCache, LayerCache
-from dyninf.kv.base import PromptKV, ReadAll
+from dyninf.kv.base import PageScorer, PromptKV, ReadAll
 from dyninf.kv.top_k import TopK
 from dyninf.own_cache import OwnCache
 from pallas_kernels import KVIndex, summarize_page, summarize_pages, topk_pages
@@ -83,6 +83,13 @@ def made_for(cache: KVCache, select: TopK | ReadAll) -> bool:
         return not any(owning)
     own = tuple(isinstance(layer, OwnCache) for layer in cache.layers)
     return own == owning and all(layer.fits(select) for layer in cache.own)
+
+
+def arranges(select: TopK | ReadAll) -> bool:
+    """Return whether layers that select hold a prompt in another form or order than that of the text."""
+    return isinstance(select, TopK) and (
+        select.scorer.owns_cache or type(select.scorer).arrange is not PageScorer.arrange
+    )
 
 
 def arrange_prompt(cache: LayerCache, select: TopK | ReadAll, obs: PromptKV) -> PromptKV:

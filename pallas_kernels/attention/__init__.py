@@ -26,22 +26,25 @@ DECODE = (
 
 def prefill_attention(
     q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
     lengths_B: jax.Array | None,
     *,
     window: int | None = None,
     keep_BT: jax.Array | None = None,
+    offset: jax.Array | int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Attend causally among T new tokens that start at position 0.
+    """Attend causally among T new tokens that start at position 0, or from a chunk of T tokens to S keys.
 
     Cost: 4·T²·N·H/2 FLOPs per sequence. Exact.
 
     Args:
-        lengths_B: tokens of each sequence; later tokens are padding. ``None`` when nothing is padded.
+        lengths_B: keys that exist of each sequence; later ones are padding. ``None`` when nothing is padded.
         window: attend to the last ``window`` tokens only (the query's own included).
         keep_BT: tokens whose keys may be attended; ``None`` for all.
+        offset: position of the first query, an int32 scalar that may be traced; its S keys are at 0 to S - 1. ``None``
+            for S = T queries from position 0 on.
         implementation: ``"cudnn"`` or ``"xla"``; ``None`` takes the fastest that can serve.
 
     Returns:
@@ -51,14 +54,17 @@ def prefill_attention(
         ValueError: if shapes do not match or the window is empty.
         NotImplementedError: if the requested implementation cannot serve.
     """
-    _check(q_BTNH, k_BTKH, v_BTKH, window)
-    if q_BTNH.shape[1] != k_BTKH.shape[1]:
-        raise ValueError(f"expected as many keys as queries, got {k_BTKH.shape[1]} and {q_BTNH.shape[1]}")
+    _check(q_BTNH, k_BSKH, v_BSKH, window)
+    if offset is None and q_BTNH.shape[1] != k_BSKH.shape[1]:
+        raise ValueError(f"expected as many keys as queries, got {k_BSKH.shape[1]} and {q_BTNH.shape[1]}")
+    if offset is not None and (jnp.shape(offset) != () or q_BTNH.shape[1] > k_BSKH.shape[1]):
+        shapes = f"got offset {jnp.shape(offset)}, q {q_BTNH.shape}, k {k_BSKH.shape}"
+        raise ValueError(f"expected a scalar offset and the keys of all queries among those given, {shapes}")
     _check_shape("lengths [B]", lengths_B, q_BTNH.shape[:1])
-    _check_shape("keep [B, T]", keep_BT, q_BTNH.shape[:2])
-    facts = _facts(q_BTNH, k_BTKH, window=window, masked=keep_BT is not None)
-    chosen = choose("prefill_attention", PREFILL, implementation, **facts)
-    return chosen.run(q_BTNH, k_BTKH, v_BTKH, lengths_B, window=window, keep_BT=keep_BT)
+    _check_shape("keep [B, T]", keep_BT, k_BSKH.shape[:2])
+    facts = _facts(q_BTNH, k_BSKH, window=window, masked=keep_BT is not None)
+    chosen = choose("prefill_attention", PREFILL, implementation, **facts, chunked=offset is not None)
+    return chosen.run(q_BTNH, k_BSKH, v_BSKH, lengths_B, window=window, keep_BT=keep_BT, offset=offset)
 
 
 def decode_attention(

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 
-def refuse_prefill(*, masked: bool, **facts: Any) -> str | None:
+def refuse_prefill(*, masked: bool, chunked: bool = False, **facts: Any) -> str | None:
     """Return why cuDNN cannot serve a prefill, or ``None``."""
+    if chunked:
+        return "takes prompts from their first token on, not a chunk at an offset"
     if masked:
         return "takes lengths and a causal mask only, not a mask of tokens"
     return _refuse_always(**facts)
@@ -32,7 +34,7 @@ def refuse_decode(
     return _refuse_always(**facts)
 
 
-def prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, *, window=None, keep_BT=None):
+def prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, *, window=None, keep_BT=None, offset=None):
     """See :func:`pallas_kernels.attention.prefill_attention`."""
     return jax.nn.dot_product_attention(
         q_BTNH,

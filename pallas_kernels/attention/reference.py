@@ -14,18 +14,16 @@ def refuse(**facts: Any) -> str | None:
     return None
 
 
-def prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, *, window=None, keep_BT=None):
+def prefill_attention(q_BTNH, k_BSKH, v_BSKH, lengths_B, *, window=None, keep_BT=None, offset=None):
     """See :func:`pallas_kernels.attention.prefill_attention`."""
-    length = q_BTNH.shape[1]
-    slots = jnp.arange(length)
-    mask_BTS = jnp.broadcast_to(slots[None, :] <= slots[:, None], (q_BTNH.shape[0], length, length))
+    (batch, length), num_keys = q_BTNH.shape[:2], k_BSKH.shape[1]
+    slots, queries = jnp.arange(num_keys), (0 if offset is None else offset) + jnp.arange(length)
+    mask_BTS = jnp.broadcast_to(_seen(slots[None], queries[:, None], window)[None], (batch, length, num_keys))
     if lengths_B is not None:
         mask_BTS &= slots[None, None, :] < lengths_B[:, None, None]
-    if window is not None:
-        mask_BTS &= slots[None, None, :] > slots[None, :, None] - window
     if keep_BT is not None:
         mask_BTS &= keep_BT[:, None, :]
-    return _attend(q_BTNH, k_BTKH, v_BTKH, mask_BTS)
+    return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
 
 def decode_attention(q_BTNH, k, v, positions_BT, *, layer=None, index=None, window=None, valid_BS=None):

@@ -66,6 +66,13 @@ def test_temperature_0_is_greedy(folder, capsys):
     assert generate(folder, capsys, "--prompt", PROMPT, "--plan", "dense", "--temperature", "0")[1] == greedy
 
 
+def test_a_prompt_read_in_chunks_is_continued_alike(folder, capsys):
+    sparse = ("--plan", "sparse_a_shape", "--set", "sparsity.block_size=4", "--set", "sparsity.window=2")
+    sparse += ("--set", "sparsity.sinks=1")
+    whole = generate(folder, capsys, "--prompt", PROMPT, *sparse)[1]
+    assert generate(folder, capsys, "--prompt", PROMPT, *sparse, "--prefill-chunk", "4")[1] == whole
+
+
 def test_output_ends_before_a_stop_text(folder, capsys):
     whole = generate(folder, capsys, "--prompt", PROMPT, "--plan", "dense", "--no-echo")[1]
     middle = len(whole) // 2

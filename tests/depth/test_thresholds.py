@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dyninf import Plan, check
+from dyninf import Greedy, Plan, check, generate, pytree
 from dyninf.depth import (
     EXIT,
     RUN,
@@ -106,3 +106,24 @@ def test_thresholds_are_leaves_and_layers_are_not():
 def test_what_does_not_fit_is_refused(tiny_model, policy, message):
     with pytest.raises(ValueError, match=message):
         check(Plan(depth=policy), tiny_model)
+
+
+@pytest.mark.parametrize("sweep", [np.linspace(0.1, 0.95, 8), jnp.linspace(0.1, 1, 8)], ids=["numpy", "jax"])
+def test_a_sweep_of_eight_thresholds_is_traced_once(tiny_model, sweep):
+    traced = []
+
+    @pytree()
+    class Count(Greedy):
+        def __call__(self, logits_BV, key_B):
+            traced.append(logits_BV.shape)
+            return Greedy.__call__(self, logits_BV, key_B)
+
+    mean_depth = []
+    for threshold in sweep:
+        plan = Plan(depth=every(Confidence(threshold=threshold), step=3), sampler=Count())
+        generation = generate(tiny_model, TOKENS, plan, max_new_tokens=5, lengths=LENGTHS)
+        mean_depth.append(float(generation.stats.needed.mean()))
+        if len(mean_depth) == 1:
+            once = len(traced)
+    assert len(traced) == once and len(mean_depth) == 8
+    assert mean_depth[0] < mean_depth[-1], "the thresholds were not used"
