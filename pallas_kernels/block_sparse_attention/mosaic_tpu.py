@@ -24,9 +24,10 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 HEAD_DIMS = (64, 128, 256)
 BLOCK_SIZES = (128, 256, 512)
-UNIT = 512  # keys that are multiplied at once, and queries of a row without an index
+UNIT_BYTES = 2**18  # of keys that are multiplied at once: 1024 of 128 features in bfloat16
+MOST_ROWS = 512  # queries of a row without an index
 ROWS = 8  # of queries whose lists, and sums of exponentials, are moved at once: a tile
-STAGES = 4  # units in the ring, all but one of them on their way
+STAGES = 3  # units in the ring, all but one of them on their way
 VMEM_BYTES = 64 * 2**20  # of a v5p or tpu7x; a v5e or v6e has twice as much
 WORK_BYTES = 16 * 2**20  # of it, for everything but the keys and values that stay
 EMPTY = -1e30  # score of a key that must not be read
@@ -152,7 +153,7 @@ def prefill_attention(
     if keep_BT is not None:
         raise NotImplementedError("takes lengths and a window only, not a mask of keys")
     length = q_BTNH.shape[1]
-    size = pl.cdiv(pl.cdiv(length, pl.cdiv(length, UNIT)), LANES) * LANES
+    size = pl.cdiv(pl.cdiv(length, pl.cdiv(length, MOST_ROWS)), LANES) * LANES
     about = {"size": size, "offset": offset, "window": window, "sinks": 0, "with_lse": with_lse}
     return _attend(q_BTNH, k_BTKH, v_BTKH, lengths_B, None, **about, vmem=vmem, interpret=interpret)
 
@@ -162,8 +163,10 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, lengths_B, named, *, size, offset, window, s
     slots, kv_heads = k_BSKH.shape[1:3]
     rows, blocks = pl.cdiv(length, size), max(pl.cdiv(slots, size), 1)
     entries = None if named is None else named.shape[3] - 1
+    most = blocks if entries is None else entries
     vmem = _vmem() if vmem is None else vmem
-    held = 2 * blocks * size * max(head_dim, LANES) * q_BTNH.dtype.itemsize
+    key_bytes = max(head_dim, LANES) * q_BTNH.dtype.itemsize
+    held = 2 * blocks * size * key_bytes
     buffers = min(max(vmem - 2 * WORK_BYTES, 0) // held, 2)  # the compiler needs some for itself
     g = Geometry(
         batch=batch,
@@ -178,7 +181,7 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, lengths_B, named, *, size, offset, window, s
         window=window,
         sinks=sinks,
         with_lse=with_lse,
-        unit=min(UNIT // size, blocks if entries is None else entries),
+        unit=min(max(UNIT_BYTES // (key_bytes * size), 1), most + most % 2 if most > 1 else 1),
         held=buffers,
         limit=WORK_BYTES + buffers * held,
     )
@@ -250,16 +253,18 @@ def _kernel(g: Geometry, *refs):
     r.mass[...] = jnp.zeros(r.mass.shape, F32)
     if not g.held:
         for unit in range(STAGES - 1):
-            _start(g, r, at, I32(unit))
+            _copy(g, r, at, I32(unit), "start")
 
     def step(unit, _):
         _serve(g, r, at, unit, g.unit)
         return 0
 
-    whole = lax.div(at.count, I32(g.unit))
-    lax.fori_loop(0, whole, step, 0)
-    for width in range(1, g.unit):
-        pl.when(at.count == whole * g.unit + width)(functools.partial(_serve, g, r, at, whole, width))
+    pair = min(g.unit, 2)  # of blocks, which what is left over is rounded up to
+    units = lax.div(at.count + pair - 1, I32(g.unit))
+    lax.fori_loop(0, units, step, 0)
+    rest = at.count - units * g.unit
+    for width in range(pair, g.unit, pair):
+        pl.when((rest > width - pair) & (rest <= width))(functools.partial(_serve, g, r, at, units, width))
     _write(g, r, at)
 
 
@@ -274,34 +279,38 @@ def _named(g, r, at):
 
 def _block(g, r, at, entry):
     """Return where to read the block of an entry, and its first position: far away if there is no such block."""
-    number = at.begin + entry if g.entries is None else r.named[at.row, entry]
+    number = at.begin + entry if g.entries is None else r.named[at.row, jnp.minimum(entry, g.entries - 1)]
     there = jnp.clip(number, 0, g.blocks - 1)
     place = pl.multiple_of(there * g.size, g.size)
-    return place, jnp.where(there == number, place, FAR)
+    return place, jnp.where((there == number) & (entry < at.count), place, FAR)
 
 
-def _start(g, r, at, unit):
-    """Begin to bring the blocks of a unit."""
+def _copy(g, r, at, unit, action):
+    """Start or await the copies of the blocks of a unit."""
     stage = lax.rem(unit, I32(STAGES))
     for part in range(g.unit):
 
-        def bring(part=part):
+        def act(part=part):
             begin, _ = _block(g, r, at, unit * g.unit + part)
             for source, ring in ((r.k, r.keys), (r.v, r.values)):
-                source = source.at[at.batch, at.head, pl.ds(begin, g.size)]
+                block = source.at[at.batch, at.head, pl.ds(begin, g.size)]
                 place = ring.at[stage, pl.ds(part * g.size, g.size)]
-                pltpu.make_async_copy(source, place, r.arrived.at[stage]).start()
+                getattr(pltpu.make_async_copy(block, place, r.arrived.at[stage]), action)()
 
-        pl.when(unit * g.unit + part < at.count)(bring)
+        pl.when(unit * g.unit + part < at.count)(act)
 
 
 def _serve(g, r, at, unit, width):
     """Fold the first blocks of a unit, with masks where a query may not see one of their keys."""
-    if not g.held:
-        _start(g, r, at, unit + STAGES - 1)
     blocks = [_block(g, r, at, unit * g.unit + part) for part in range(width)]
-    keys, values = _read(g, r, unit, [place for place, _ in blocks])
     positions = [position for _, position in blocks]
+    if g.held:
+        keys, values = (lambda ref=ref: _join([ref[pl.ds(at, g.size)] for at, _ in blocks], 0) for ref in (r.k, r.v))
+    else:
+        _copy(g, r, at, unit + STAGES - 1, "start")
+        _copy(g, r, at, unit, "wait")
+        here = lax.rem(unit, I32(STAGES)), pl.ds(0, width * g.size)
+        keys, values = (lambda ring=ring: ring[here] for ring in (r.keys, r.values))
     if width < g.unit:
         return _fold(g, r, at, keys, values, positions)
     seen = True
@@ -314,16 +323,6 @@ def _serve(g, r, at, unit, width):
     pl.when(~seen)(lambda: _fold(g, r, at, keys, values, positions))
 
 
-def _read(g, r, unit, places):
-    """Return functions that read the keys and the values of blocks, when these have come."""
-    if g.held:
-        return [lambda ref=ref: _join([ref[pl.ds(place, g.size)] for place in places], 0) for ref in (r.k, r.v)]
-    stage, held = lax.rem(unit, I32(STAGES)), pl.ds(0, len(places) * g.size)
-    for ring in (r.keys, r.values):
-        pltpu.make_async_copy(ring.at[stage, held], ring.at[stage, held], r.arrived.at[stage]).wait()
-    return [lambda ring=ring: ring[stage, held] for ring in (r.keys, r.values)]
-
-
 def _join(parts, axis):
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis)
 
@@ -333,28 +332,32 @@ def _fold(g, r, at, keys, values, positions):
     scores = _product(r.q[...], keys(), transposed=True) * (LOG2E / math.sqrt(g.head_dim))
     values = values()
     if positions is not None:
-        queries_R1 = at.first + lax.broadcasted_iota(I32, (g.size, 1), 0)
-        keys_1U, keys_U1 = (
-            _join([begin + lax.broadcasted_iota(I32, shape, axis) for begin in positions], axis)
-            for axis, shape in ((1, (1, g.size)), (0, (g.size, 1)))
+        queries_XU = at.first + lax.broadcasted_iota(I32, scores.shape, 0)
+        keys_XU, keys_UH = (
+            _join([begin + lax.broadcasted_iota(I32, (g.size, width), axis) for begin in positions], axis)
+            for axis, width in ((1, g.size), (0, g.head_dim))
         )
-        seen = keys_1U <= jnp.minimum(queries_R1, at.length - 1)
-        read = keys_U1 <= jnp.minimum(at.first + g.size, at.length) - 1
+        seen = keys_XU <= jnp.minimum(queries_XU, at.length - 1)
+        read = keys_UH <= jnp.minimum(at.first + g.size, at.length) - 1
         if g.window is not None:
-            seen &= (keys_1U > queries_R1 - g.window) | (keys_1U < g.sinks)
-            read &= (keys_U1 > at.first - g.window) | (keys_U1 < g.sinks)
+            seen &= (keys_XU > queries_XU - g.window) | (keys_XU < g.sinks)
+            read &= (keys_UH > at.first - g.window) | (keys_UH < g.sinks)
         scores = jnp.where(seen, scores, EMPTY)
         values = jnp.where(read, values, jnp.zeros((), values.dtype))  # whatever they hold must not reach a product
-    old = r.top[:, :1]
+    old = r.top[...]
     top = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-    weights = jnp.exp2(scores - top)
+    weights = jnp.exp2(scores - _wide(top, scores.shape[1]))
     if positions is not None:
         weights = jnp.where(seen, weights, 0.0)
     decay = jnp.exp2(old - top)
-    mass = r.mass[:, :1] * decay + jnp.sum(weights, axis=1, keepdims=True)
-    r.mixed[...] = r.mixed[...] * decay + _product(weights.astype(g.dtype), values, transposed=False)
-    r.top[...] = jnp.broadcast_to(top, r.top.shape)
-    r.mass[...] = jnp.broadcast_to(mass, r.mass.shape)
+    r.mass[...] = r.mass[...] * decay + sum(weights[:, i : i + LANES] for i in range(0, weights.shape[1], LANES))
+    r.mixed[...] = r.mixed[...] * _wide(decay, g.head_dim) + _product(weights.astype(g.dtype), values, transposed=False)
+    r.top[...] = top
+
+
+def _wide(array, width):
+    """Repeat lanes that are all alike."""
+    return array[:, :width] if width <= LANES else jnp.concatenate([array] * (width // LANES), axis=1)
 
 
 def _product(a, b, *, transposed):
@@ -365,9 +368,9 @@ def _product(a, b, *, transposed):
 
 def _write(g, r, at):
     """Write the mixed values over the sum of their weights; zeros and -inf where nothing was seen."""
-    mass = r.mass[:, :1]
-    r.out[...] = (r.mixed[...] * jnp.where(mass > 0, 1.0 / jnp.where(mass > 0, mass, 1.0), 0.0)).astype(g.dtype)
+    mass = jnp.broadcast_to(jnp.sum(r.mass[...], axis=1, keepdims=True), r.mass.shape)
+    share = jnp.where(mass > 0, 1.0 / jnp.where(mass > 0, mass, 1.0), 0.0)
+    r.out[...] = (r.mixed[...] * _wide(share, g.head_dim)).astype(g.dtype)
     if g.with_lse:
-        mass = r.mass[...]
         sums = jnp.where(mass > 0, (r.top[...] + jnp.log2(jnp.where(mass > 0, mass, 1.0))) / LOG2E, -jnp.inf)
         r.lse[pl.ds(at.row, 1)] = jnp.swapaxes(sums, 0, 1)[:1]
