@@ -13,6 +13,8 @@ from pallas_kernels.dispatch import Implementation, capability, choose, explain,
 from pallas_kernels.index import KVIndex, check_index
 
 PREFILL = (
+    kernel("block_sparse_attention", "mosaic_gpu", "prefill_attention"),
+    kernel("block_sparse_attention", "mosaic_tpu", "prefill_attention"),
     Implementation(name="cudnn", refuse=cudnn.refuse_prefill, run=cudnn.prefill_attention),
     Implementation(name="xla", refuse=reference.refuse, run=reference.prefill_attention),
 )
@@ -33,8 +35,9 @@ def prefill_attention(
     window: int | None = None,
     keep_BT: jax.Array | None = None,
     offset: jax.Array | int | None = None,
+    with_lse: bool = False,
     implementation: str | None = None,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attend causally among T new tokens that start at position 0, or from a chunk of T tokens to S keys.
 
     Cost: 4·T²·N·H/2 FLOPs per sequence. Exact.
@@ -45,10 +48,12 @@ def prefill_attention(
         keep_BT: tokens whose keys may be attended; ``None`` for all.
         offset: position of the first query, an int32 scalar that may be traced; its S keys are at 0 to S - 1. ``None``
             for S = T queries from position 0 on.
-        implementation: ``"cudnn"`` or ``"xla"``; ``None`` takes the fastest that can serve.
+        with_lse: also return the logarithms of the sums of exponentials.
+        implementation: ``"mosaic_gpu"``, ``"mosaic_tpu"``, ``"cudnn"`` or ``"xla"``; ``None`` takes the fastest that
+            can serve.
 
     Returns:
-        ``[B, T, N, H]`` in q's dtype. Rows of padding are finite and meaningless.
+        ``[B, T, N, H]`` in q's dtype; with ``with_lse`` also float32 ``[B, N, T]``. Rows of padding are meaningless.
 
     Raises:
         ValueError: if shapes do not match or the window is empty.
@@ -63,8 +68,11 @@ def prefill_attention(
     _check_shape("lengths [B]", lengths_B, q_BTNH.shape[:1])
     _check_shape("keep [B, T]", keep_BT, k_BSKH.shape[:2])
     facts = _facts(q_BTNH, k_BSKH, window=window, masked=keep_BT is not None)
-    chosen = choose("prefill_attention", PREFILL, implementation, **facts, chunked=offset is not None)
-    return chosen.run(q_BTNH, k_BSKH, v_BSKH, lengths_B, window=window, keep_BT=keep_BT, offset=offset)
+    facts |= {"chunked": offset is not None, "with_lse": with_lse}
+    chosen = choose("prefill_attention", PREFILL, implementation, **facts)
+    offset = None if offset is None else jnp.asarray(offset, jnp.int32)
+    about = {"window": window, "keep_BT": keep_BT, "offset": offset, "with_lse": with_lse}
+    return chosen.run(q_BTNH, k_BSKH, v_BSKH, lengths_B, **about)
 
 
 def decode_attention(
@@ -112,7 +120,6 @@ def decode_attention(
     if index is not None:
         check_index(index, batch=k_BSKH.shape[0], num_kv=k_BSKH.shape[2])
     facts = _facts(q_BTNH, k_BSKH, window=window, masked=valid_BS is not None)
-    facts |= {"capability": capability(), "num_heads": q_BTNH.shape[2], "num_kv": k_BSKH.shape[2]}
     facts |= {"page_size": None if index is None else index.page_size}
     facts |= {"num_entries": None if index is None else index.pages.shape[2]}
     chosen = choose("decode_attention", DECODE, implementation, **facts)
@@ -123,7 +130,7 @@ def explain_attention(*, head_dim: int, dtype: str, num_queries: int) -> dict[st
     """Say for both operations which implementation could serve a plain call here, and why the others could not."""
     dtype = jnp.dtype(dtype)
     common = {"platform": platform(), "dtype": dtype, "kv_dtype": dtype, "head_dim": head_dim}
-    common |= {"window": None, "masked": False}
+    common |= {"window": None, "masked": False, "capability": capability(), "num_heads": 1, "num_kv": 1}
     return {
         "prefill_attention": explain(PREFILL, **common, num_queries=num_queries, num_keys=num_queries),
         "decode_attention": explain(
@@ -131,11 +138,8 @@ def explain_attention(*, head_dim: int, dtype: str, num_queries: int) -> dict[st
             **common,
             num_queries=1,
             num_keys=num_queries,
-            num_heads=1,
-            num_kv=1,
             page_size=None,
             num_entries=None,
-            capability=capability(),
         ),
     }
 
@@ -144,6 +148,7 @@ def _facts(q_BTNH: jax.Array, k_BSKH: jax.Array, *, window: int | None, masked: 
     num_keys = k_BSKH.shape[1]
     return {
         "platform": platform(),
+        "capability": capability(),
         "dtype": q_BTNH.dtype,
         "kv_dtype": k_BSKH.dtype,
         "head_dim": q_BTNH.shape[-1],
@@ -151,6 +156,8 @@ def _facts(q_BTNH: jax.Array, k_BSKH: jax.Array, *, window: int | None, masked: 
         "masked": masked,
         "num_queries": q_BTNH.shape[1],
         "num_keys": num_keys,
+        "num_heads": q_BTNH.shape[2],
+        "num_kv": k_BSKH.shape[2],
     }
 
 

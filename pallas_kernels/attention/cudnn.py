@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 
-def refuse_prefill(*, masked: bool, chunked: bool = False, **facts: Any) -> str | None:
+def refuse_prefill(*, masked: bool, chunked: bool = False, with_lse: bool = False, **facts: Any) -> str | None:
     """Return why cuDNN cannot serve a prefill, or ``None``."""
+    if with_lse:
+        return "returns no sums of exponentials here"
     if chunked:
         return "takes prompts from their first token on, not a chunk at an offset"
     if masked:
@@ -34,7 +36,7 @@ def refuse_decode(
     return _refuse_always(**facts)
 
 
-def prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, *, window=None, keep_BT=None, offset=None):
+def prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, *, window=None, keep_BT=None, offset=None, with_lse=False):
     """See :func:`pallas_kernels.attention.prefill_attention`."""
     return jax.nn.dot_product_attention(
         q_BTNH,

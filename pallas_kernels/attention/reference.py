@@ -14,7 +14,7 @@ def refuse(**facts: Any) -> str | None:
     return None
 
 
-def prefill_attention(q_BTNH, k_BSKH, v_BSKH, lengths_B, *, window=None, keep_BT=None, offset=None):
+def prefill_attention(q_BTNH, k_BSKH, v_BSKH, lengths_B, *, window=None, keep_BT=None, offset=None, with_lse=False):
     """See :func:`pallas_kernels.attention.prefill_attention`."""
     (batch, length), num_keys = q_BTNH.shape[:2], k_BSKH.shape[1]
     slots, queries = jnp.arange(num_keys), (0 if offset is None else offset) + jnp.arange(length)
@@ -23,7 +23,8 @@ def prefill_attention(q_BTNH, k_BSKH, v_BSKH, lengths_B, *, window=None, keep_BT
         mask_BTS &= slots[None, None, :] < lengths_B[:, None, None]
     if keep_BT is not None:
         mask_BTS &= keep_BT[:, None, :]
-    return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    o_BTNH, lse_BNT = _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    return (o_BTNH, lse_BNT) if with_lse else o_BTNH
 
 
 def decode_attention(q_BTNH, k, v, positions_BT, *, layer=None, index=None, window=None, valid_BS=None):
@@ -35,7 +36,7 @@ def decode_attention(q_BTNH, k, v, positions_BT, *, layer=None, index=None, wind
     mask_BTS = _seen(slots, positions_BT[:, :, None], window)
     if valid_BS is not None:
         mask_BTS &= valid_BS[:, None, :]
-    return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)[0]
 
 
 def _seen(slots, positions, window):
@@ -62,12 +63,13 @@ def _attend_pages(q_BTNH, k_BSKH, v_BSKH, positions_BT, index, window, valid_BS)
         for array in (k_BSKH, v_BSKH)
     )
     q_CTGH = jnp.moveaxis(q_BTNH.reshape(batch, length, num_kv, -1, dim), 2, 1).reshape(batch * num_kv, length, -1, dim)
-    o_CTGH = _attend(q_CTGH, k_CX1H, v_CX1H, mask_BKTX.reshape(batch * num_kv, length, -1))
+    o_CTGH, _ = _attend(q_CTGH, k_CX1H, v_CX1H, mask_BKTX.reshape(batch * num_kv, length, -1))
     o_BKTGH = o_CTGH.reshape(batch, num_kv, length, num_heads // num_kv, dim)
     return jnp.moveaxis(o_BKTGH, 1, 2).reshape(q_BTNH.shape)
 
 
 def _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+    """Return outputs and the logarithms of the sums of exponentials ``[B, N, T]``, -inf where nothing is seen."""
     batch, length, num_heads, dim = q_BTNH.shape
     num_kv = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(batch, length, num_kv, num_heads // num_kv, dim)
@@ -77,8 +79,9 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0)), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    lse = jnp.where(total > 0, peak + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
     weights = weights / jnp.where(total > 0, total, 1.0)
     readable_BS = jnp.any(mask_BTS, axis=1)
     v_BSKH = jnp.where(readable_BS[:, :, None, None], v_BSKH, jnp.zeros((), v_BSKH.dtype))
     o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH)
-    return o_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+    return o_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype), lse.reshape(batch, num_heads, length)

@@ -133,7 +133,7 @@ def prefill_attention(
     *,
     window=None,
     keep_BT=None,
-    offset=0,
+    offset=None,
     with_lse=False,
     vmem: int | None = None,
     interpret: Any = False,
@@ -142,8 +142,6 @@ def prefill_attention(
 
     Args:
         keep_BT: must be ``None``.
-        offset: position of the first query.
-        with_lse: also return the logarithms of the sums of exponentials, float32 ``[B, N, T]``.
         vmem: bytes of VMEM; ``None`` for what the TPU has.
         interpret: ``pltpu.InterpretParams(...)`` to run without a TPU.
 
@@ -152,7 +150,7 @@ def prefill_attention(
     """
     if keep_BT is not None:
         raise NotImplementedError("takes lengths and a window only, not a mask of keys")
-    length = q_BTNH.shape[1]
+    length, offset = q_BTNH.shape[1], 0 if offset is None else offset
     size = pl.cdiv(pl.cdiv(length, pl.cdiv(length, MOST_ROWS)), LANES) * LANES
     about = {"size": size, "offset": offset, "window": window, "sinks": 0, "with_lse": with_lse}
     return _attend(q_BTNH, k_BTKH, v_BTKH, lengths_B, None, **about, vmem=vmem, interpret=interpret)

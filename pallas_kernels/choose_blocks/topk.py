@@ -3,7 +3,6 @@
 It finds the budget's best blocks without sorting; those that a mass does not need are then cut from these few.
 """
 
-
 import jax
 import jax.numpy as jnp
 
