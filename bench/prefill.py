@@ -1,0 +1,313 @@
+"""What it costs to read a prompt: dense attention, blocks of an index, and whole policies, beside other ways to do so.
+
+One layer's attention of ``--heads`` query and ``--kv-heads`` key/value heads. Four studies:
+
+- ``dense``: causal attention by each implementation, and by PyTorch where it is installed.
+- ``blocks``: lists of random blocks of 128 keys, each with its first and its own block; a case is TOKENSxPERCENT of the
+  causal blocks.
+- ``a_shape``: 128 sinks and a window of 4096 tokens.
+- ``policies``: what each policy of sparse prefill takes to choose blocks, and attention to them; on queries and keys
+  that attend to their neighbours, the first tokens and some stripes (``planted``), as random ones attend to everything.
+
+FLOPs are those of the blocks that are attended to, and of half the square for dense attention. All programs of a run
+are compiled at the same time, then timed one after the other. The peers of PyTorch (cuDNN, and FlexAttention with full
+and partial blocks apart) are timed with ``--torch``, in a process of their own:
+``python bench/prefill.py --study blocks --case 32768x10 --jsonl FILE``.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dyninf import sparsity
+from dyninf.cli.bench import describe_device, write_row
+from dyninf.sparsity import PromptObs
+from dyninf.timing import measure
+from pallas_kernels import BlockIndex, block_sparse_attention, prefill_attention
+
+BLOCK = 128
+SECONDS = 0.1  # that repeated calls take together
+REPEATS = 7
+POLICIES = {
+    "a_shape": lambda blocks: sparsity.AShape(),
+    "power": lambda blocks: sparsity.PowerAttention(),
+    "vertical_slash": lambda blocks: sparsity.VerticalSlash(),
+    "pooled_blocks": lambda blocks: sparsity.PooledBlocks(budget=64),
+    "zip_vl": lambda blocks: sparsity.ZipVL(budget=128),
+    "flex_prefill": lambda blocks: sparsity.FlexPrefill(budget=min(blocks, 256)),
+    "x_attention": lambda blocks: sparsity.XAttention(budget=min(blocks, 256)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """One function to time, with its arguments.
+
+    Args:
+        flops: of the attention that it computes; 0 for one that only chooses.
+        facts: what else its row holds.
+    """
+
+    name: str
+    case: tuple[int, ...]
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    flops: float
+    facts: dict[str, Any]
+
+
+def main() -> int:
+    """Time the programs and print one JSON object a row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=STUDIES, required=True)
+    parser.add_argument("--case", action="append", help="TOKENS, or TOKENSxPERCENT for blocks; may be repeated")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--only", help="programs to run, separated by commas (default: all)")
+    parser.add_argument("--torch", action="store_true", help="time the peers of PyTorch, and nothing else")
+    parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too")
+    arguments = parser.parse_args()
+    cases = [tuple(map(int, text.split("x"))) for text in arguments.case or [DEFAULT_CASES[arguments.study]]]
+    settings = {name: getattr(arguments, name) for name in ("heads", "kv_heads", "head_dim", "dtype")}
+    if arguments.torch:
+        return _time_torch(arguments, cases, settings)
+    programs = [program for case in cases for program in STUDIES[arguments.study](case, arguments)]
+    if arguments.only is not None:
+        programs = [program for program in programs if program.name in arguments.only.split(",")]
+    with ThreadPoolExecutor(8) as pool:
+        compiled = list(pool.map(_compile, programs))
+    for program, run in zip(programs, compiled, strict=True):
+        if run is not None:
+            _write(arguments, program.name, program.case, time_calls(run), program.flops, program.facts | settings)
+    return 0
+
+
+def _compile(program: Program) -> Callable[[], Any] | None:
+    try:
+        run = jax.jit(program.function).lower(*program.arguments).compile()
+    except NotImplementedError as refusal:
+        sys.stderr.write(f"{program.name}: {refusal}\n")
+        return None
+    return functools.partial(run, *program.arguments)
+
+
+def time_calls(run: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready) -> dict[str, Any]:
+    """Return milliseconds of a call, of several that are enqueued one behind the other."""
+    once = measure(lambda: wait(run()), warmup=2, repeats=1).median
+    number = max(1, min(200, round(SECONDS / once)))
+    timing = measure(lambda: wait([run() for _ in range(number)][-1]), repeats=REPEATS).per(number)
+    return {name: round(getattr(timing, part) * 1e3, 4) for name, part in PARTS.items()}
+
+
+PARTS = {"ms": "median", "p10_ms": "p10", "p90_ms": "p90"}
+
+
+def _write(arguments, name, case, row, flops, facts) -> None:
+    rate = {"tflop_s": round(flops / row["ms"] / 1e9, 1)} if flops else {}
+    row = {"bench": f"prefill_{arguments.study}", "program": name, "case": list(case)} | row | rate | facts
+    write_row(row | describe_device(), arguments.jsonl)
+
+
+def dense_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
+    """Return causal attention by each implementation."""
+    inputs = random_inputs(case[0], arguments)
+    return [
+        Program(
+            name=name,
+            case=case,
+            function=lambda q, k, v, name=name: prefill_attention(q, k, v, None, implementation=name),
+            arguments=inputs,
+            flops=dense_flops(case[0], arguments),
+            facts={},
+        )
+        for name in ("mosaic_gpu", "cudnn")
+    ]
+
+
+def block_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
+    """Return attention to random blocks."""
+    return [_sparse(case, arguments, random_index(*case, arguments))]
+
+
+def a_shape_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
+    """Return attention to sinks and a window."""
+    obs = observe(*random_inputs(case[0], arguments)[:2])
+    selected = sparsity.AShape(sinks=BLOCK, window=4096).select(obs)
+    return [_sparse(case, arguments, selected.index, window=selected.window, sinks=selected.sinks)]
+
+
+def _sparse(case, arguments, index, **options) -> Program:
+    pairs = int(jnp.sum(index.counts))
+    return Program(
+        name="mosaic_gpu",
+        case=case,
+        function=lambda q, k, v, index: block_sparse_attention(q, k, v, index, **options, implementation="mosaic_gpu"),
+        arguments=(*random_inputs(case[0], arguments), index),
+        flops=4 * pairs * BLOCK**2 * arguments.head_dim,
+        facts={"blocks": pairs},
+    )
+
+
+def policy_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
+    """Return for each policy the choice of blocks, and attention to them."""
+    q, k, v = planted_inputs(case[0], arguments)
+    blocks = -(-case[0] // BLOCK)
+    causal = arguments.heads * blocks * (blocks + 1) / 2
+    programs = []
+    wanted = None if arguments.only is None else arguments.only.split(",")
+    for name, make in POLICIES.items():
+        if wanted is not None and not {f"{name}_select", f"{name}_attend"} & set(wanted):
+            continue
+        policy = make(blocks)
+        select = lambda q, k, policy=policy: policy.select(observe(q, k))  # noqa: E731
+        selected = jax.jit(select)(q, k)
+        index = selected.index
+        pairs = int(jnp.sum(index.counts))
+        short = 0.0 if selected.wanted is None else float(jnp.mean(selected.wanted > index.counts))
+        facts = {"density": round(pairs / causal, 4), "cut_short": round(short, 4), "policy": repr(policy)}
+        options = {"window": selected.window, "sinks": selected.sinks}
+        attend = functools.partial(block_sparse_attention, **options)
+        flops = 4 * pairs * BLOCK**2 * arguments.head_dim
+        choose = Program(name=f"{name}_select", case=case, function=select, arguments=(q, k), flops=0, facts=facts)
+        run = Program(
+            name=f"{name}_attend", case=case, function=attend, arguments=(q, k, v, index), flops=flops, facts=facts
+        )
+        programs += [choose, run]
+    return programs
+
+
+def observe(q_BTNH: jax.Array, k_BTKH: jax.Array) -> PromptObs:
+    """Return what a policy sees of a whole prompt."""
+    return PromptObs(layer=0, q_BTNH=q_BTNH, k_BSKH=k_BTKH, lengths_B=None, offset=0)
+
+
+def dense_flops(tokens: int, arguments: Any) -> float:
+    """Return the FLOPs of causal attention."""
+    return 2.0 * tokens**2 * arguments.heads * arguments.head_dim
+
+
+def random_inputs(tokens: int, arguments: Any) -> tuple[jax.Array, ...]:
+    """Return random queries, keys and values."""
+    shapes = [(1, tokens, heads, arguments.head_dim) for heads in (arguments.heads, *[arguments.kv_heads] * 2)]
+    return tuple(jax.random.normal(jax.random.key(i), shape, arguments.dtype) for i, shape in enumerate(shapes))
+
+
+def planted_inputs(tokens: int, arguments: Any) -> tuple[jax.Array, ...]:
+    """Return random queries, keys and values that attend to neighbours, to the first tokens and to stripes of blocks.
+
+    A part of the features turns with the position, so that products fall with the distance; one more is large in every
+    query, and in the keys of the first block and of one block in 64, by the head.
+    """
+    dim = arguments.head_dim
+    turning = dim // 4
+    angles = jnp.arange(tokens)[:, None] * jnp.geomspace(1 / 8, 1 / 2048, turning)[None]
+    near = 2.0 * (dim / 128) ** 0.5 * jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)[None, :, None]
+
+    def plant(seed, heads, stripes):
+        rest = jax.random.normal(jax.random.key(seed), (1, tokens, heads, dim - 2 * turning - 1))
+        parts = [jnp.broadcast_to(near, (1, tokens, heads, 2 * turning)), stripes[None, :, :, None], rest]
+        return jnp.concatenate(parts, axis=-1).astype(arguments.dtype)
+
+    block = jnp.arange(tokens)[:, None] // BLOCK
+    marked = (block == 0) | (block % 64 == 7 * jnp.arange(arguments.kv_heads)[None] % 64)
+    q = plant(0, arguments.heads, jnp.full((tokens, arguments.heads), 10.0))
+    k = plant(1, arguments.kv_heads, jnp.where(marked, 10.0, 0.0))
+    return q, k, random_inputs(tokens, arguments)[2]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _random_index(tokens: int, percent: int, heads: int) -> BlockIndex:
+    blocks = -(-tokens // BLOCK)
+    ids, rows = jnp.arange(blocks)[None, None, None], jnp.arange(blocks)[None, None, :, None]
+    scores = jax.random.uniform(jax.random.key(9), (1, heads, blocks, blocks))
+    scores = jnp.where((ids == 0) | (ids == rows), 2.0, jnp.where(ids < rows, scores, -1.0))
+    own = jnp.minimum(jnp.maximum(jnp.round((rows + 1) * percent / 100).astype(jnp.int32), 2), rows + 1)
+    most = max(2, -(-blocks * percent // 100))
+    best = jnp.argsort(-scores, axis=3)[..., :most]
+    listed = jnp.sort(jnp.where(ids[..., :most] < own, best, blocks), axis=3)
+    counts = jnp.broadcast_to(own[..., 0], (1, heads, blocks))
+    return BlockIndex(counts=counts, blocks=listed.astype(jnp.int32), block_size=BLOCK)
+
+
+def random_index(tokens: int, percent: int, arguments: Any) -> BlockIndex:
+    """Return lists of about this share of the causal blocks, the first and the last one of each row among them."""
+    return _random_index(tokens, percent, arguments.heads)
+
+
+STUDIES = {
+    "dense": dense_programs,
+    "blocks": block_programs,
+    "a_shape": a_shape_programs,
+    "policies": policy_programs,
+}
+DEFAULT_CASES = {"dense": "4096", "blocks": "4096x25", "a_shape": "16384", "policies": "8192"}
+
+
+def _time_torch(arguments: Any, cases: list[tuple[int, ...]], settings: dict[str, Any]) -> int:
+    """Time PyTorch's attention on the same numbers and lists."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    def causal(b, h, i, j):
+        return i >= j
+
+    def in_a_shape(b, h, i, j):
+        return (i >= j) & ((i - j < 4096) | (j < BLOCK))
+
+    attend = torch.compile(functools.partial(flex_attention, enable_gqa=True), dynamic=False)
+
+    def done(_):
+        torch.cuda.synchronize()
+
+    for case in cases:
+        q, k, v = (torch.from_dlpack(x).transpose(1, 2) for x in random_inputs(case[0], arguments))
+        name, flops, facts = "torch_flex", dense_flops(case[0], arguments), {}
+        if arguments.study == "dense":
+            name = "torch_cudnn"
+
+            def run(q=q, k=k, v=v):
+                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            program = STUDIES[arguments.study](case, arguments)[0]
+            index, flops, facts = program.arguments[3], program.flops, program.facts
+            a_shape = arguments.study == "a_shape"
+            lists = _full_and_partial(index, case[0], 4096 if a_shape else None)
+            parts = [torch.from_dlpack(x) for x in lists]
+            mask = BlockMask.from_kv_blocks(*parts, BLOCK_SIZE=BLOCK, mask_mod=in_a_shape if a_shape else causal)
+            run = functools.partial(attend, q, k, v, block_mask=mask)
+        _write(arguments, name, case, time_calls(run, done), flops, facts | settings | {"torch": torch.__version__})
+    return 0
+
+
+def _full_and_partial(index: BlockIndex, tokens: int, window: int | None) -> tuple[jax.Array, ...]:
+    """Return counts and lists of the blocks that need a mask, and of those that need none, for FlexAttention."""
+    blocks = -(-tokens // BLOCK)
+    row = jnp.arange(blocks)[None, None, :, None]
+    listed = jnp.arange(index.blocks.shape[3])[None, None, None] < index.counts[..., None]
+    partial = index.blocks >= row
+    if window is not None:
+        partial |= (index.blocks <= row - window // BLOCK) & (index.blocks > 0)
+
+    def pack(chosen):
+        order = jnp.argsort(~chosen, axis=3, stable=True)
+        ids = jnp.take_along_axis(index.blocks, order, axis=3)
+        ids = jnp.pad(ids, ((0, 0), (0, 0), (0, 0), (0, max(blocks - ids.shape[3], 0))))[..., :blocks]
+        return jnp.sum(chosen, axis=3, dtype=jnp.int32), jnp.clip(ids, 0, blocks - 1).astype(jnp.int32)
+
+    return *pack(listed & partial), *pack(listed & ~partial)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
