@@ -12,7 +12,6 @@ from dyninf.sparsity.pattern_search import default_candidates as default_candida
 from dyninf.sparsity.pattern_search import kept_mass as kept_mass
 from dyninf.sparsity.pattern_search import search_patterns as search_patterns
 from dyninf.sparsity.per_head import PerHead as PerHead
-from dyninf.sparsity.per_head import SinkWindow as SinkWindow
 from dyninf.sparsity.pooled_blocks import PooledBlocks as PooledBlocks
 from dyninf.sparsity.power_attention import PowerAttention as PowerAttention
 from dyninf.sparsity.vertical_slash import VerticalSlash as VerticalSlash

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dyninf.model import CausalLM, query_shape
+from dyninf.sparsity.a_shape import AShape
 from dyninf.sparsity.base import PromptObs, SparsityPolicy
-from dyninf.sparsity.per_head import PerHead, SinkWindow
+from dyninf.sparsity.per_head import PerHead
 from dyninf.sparsity.pooled_blocks import PooledBlocks
 from dyninf.sparsity.vertical_slash import VerticalSlash
 from pallas_kernels import BlockIndex, prefill_attention
@@ -43,7 +44,7 @@ def default_candidates(budget: int = 56, block_size: int = 128) -> tuple[Sparsit
     shares = (columns / (columns + slashes) for columns, slashes in VERTICAL_SLASH)
     verticals = sorted({min(max(round(share * budget), 1), budget - 2) for share in shares})
     return (
-        SinkWindow(sinks=1, window=budget - 1, block_size=block_size),
+        AShape(sinks=block_size, window=(budget - 2) * block_size + 1, block_size=block_size),
         *(VerticalSlash(vertical=v, slash=budget - 1 - v, block_size=block_size) for v in verticals),
         PooledBlocks(budget=budget, block_size=block_size),
     )

@@ -15,37 +15,8 @@ import numpy as np
 
 from dyninf.pytree import pytree
 from dyninf.sparsity.base import PromptObs, Selected, SparsityPolicy
-from dyninf.sparsity.checks import require_sizes
 from dyninf.sparsity.probes import rows_of
 from pallas_kernels import BlockIndex
-
-
-@pytree(static=("sinks", "window", "block_size"))
-class SinkWindow(SparsityPolicy):
-    """Attend to the first ``sinks`` blocks and the last ``window`` ones up to a row's own, whole: A-shape by blocks.
-
-    Decides nothing. Exact when both cover all blocks.
-    """
-
-    sinks: int = 1
-    window: int = 7  # with the sinks, the 100 and 800 tokens of the paper's search
-    block_size: int = 128
-
-    def select(self, obs: PromptObs) -> Selected | None:
-        """Return the same blocks for every head, ``None`` for all blocks."""
-        if (self.sinks + self.window) * self.block_size >= obs.k_BSKH.shape[1]:
-            return None
-        last_R = rows_of(obs, self.block_size)[1]
-        start_R = jnp.maximum(last_R - self.window + 1, self.sinks)
-        entry_M = jnp.arange(self.sinks + self.window, dtype=jnp.int32)
-        blocks_RM = jnp.where(entry_M[None] < self.sinks, entry_M[None], start_R[:, None] + entry_M[None] - self.sinks)
-        counts_R = jnp.minimum(last_R + 1, self.sinks) + jnp.maximum(last_R - start_R + 1, 0)
-        return Selected(index=_for_all_heads(obs, counts_R, blocks_RM, self.block_size))
-
-    def validate(self, num_layers: int, num_heads: int) -> None:
-        """Raise ValueError if a parameter is out of its range."""
-        require_sizes(self, "window", "block_size")
-        require_sizes(self, "sinks", least=0)
 
 
 @pytree(static=("heads",))
@@ -134,12 +105,7 @@ def _take(x_BTNH: jax.Array, heads: np.ndarray) -> jax.Array:
 def _everything(obs: PromptObs, block_size: int) -> Selected:
     last_R = rows_of(obs, block_size)[1]
     every_C = jnp.arange(-(-obs.k_BSKH.shape[1] // block_size), dtype=jnp.int32)
-    blocks_RC = jnp.broadcast_to(every_C[None], (len(last_R), len(every_C)))
-    counts_R = jnp.minimum(last_R + 1, len(every_C))
-    return Selected(index=_for_all_heads(obs, counts_R, blocks_RC, block_size))
-
-
-def _for_all_heads(obs: PromptObs, counts_R: jax.Array, blocks_RM: jax.Array, block_size: int) -> BlockIndex:
-    batch, _, num_heads, _ = obs.q_BTNH.shape
-    spread = lambda x: jnp.broadcast_to(x[None, None], (batch, num_heads, *x.shape)).astype(jnp.int32)  # noqa: E731
-    return BlockIndex(counts=spread(counts_R), blocks=spread(blocks_RM), block_size=block_size)
+    shape = (obs.q_BTNH.shape[0], obs.q_BTNH.shape[2], len(last_R))
+    counts_BNR = jnp.broadcast_to(jnp.minimum(last_R + 1, len(every_C))[None, None], shape).astype(jnp.int32)
+    blocks_BNRC = jnp.broadcast_to(every_C[None, None, None], (*shape, len(every_C)))
+    return Selected(index=BlockIndex(counts=counts_BNR, blocks=blocks_BNRC, block_size=block_size))

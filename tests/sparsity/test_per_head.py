@@ -9,11 +9,11 @@ import pytest
 
 from dyninf.pytree import pytree
 from dyninf.sparsity import (
+    AShape,
     Dense,
     PerHead,
     PooledBlocks,
     Selected,
-    SinkWindow,
     SparsityPolicy,
     VerticalSlash,
     ZipVL,
@@ -25,7 +25,7 @@ from pallas_kernels import prefill_attention
 from pallas_kernels.index import check_blocks
 from tests.sparsity.test_vertical_slash import CASES, choose, draw, lists, mass_kept, observe, planted
 
-LOCAL = SinkWindow(sinks=1, window=2, block_size=4)
+LOCAL = AShape(sinks=4, window=5, block_size=4)
 SLASH = VerticalSlash(vertical=2, slash=3, last_queries=7, block_size=4)
 ZIP = ZipVL(mass=0.8, budget=3, probes=5, block_size=4)
 
@@ -39,16 +39,6 @@ class Windowed(SparsityPolicy):
 
     def select(self, obs):
         return Selected(index=LOCAL.select(obs).index, window=self.window, sinks=1)
-
-
-def test_sinks_and_window_by_hand():
-    # Two first blocks and three last ones; rows 0 to 4 have both in one piece.
-    obs = observe(*np.zeros((2, 1, 27, 1, 8), np.float32))
-    found = lists(choose(SinkWindow(sinks=2, window=3, block_size=4), obs).index)[0, 0].tolist()
-    assert found == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2, 3, 4}, {0, 1, 3, 4, 5}, {0, 1, 4, 5, 6}]
-    # No sinks; a chunk from position 12 on.
-    obs = observe(np.zeros((1, 8, 1, 8)), np.zeros((1, 20, 1, 8)), offset=12)
-    assert lists(choose(SinkWindow(sinks=0, window=2, block_size=4), obs).index)[0, 0].tolist() == [{2, 3}, {3, 4}]
 
 
 def test_every_head_has_what_its_pattern_chooses(rng):
@@ -98,7 +88,7 @@ def _kept(policies, arrays, start):
 
 def test_candidates_cost_the_same():
     assert default_candidates(8, 64) == (
-        SinkWindow(sinks=1, window=7, block_size=64),
+        AShape(sinks=64, window=385, block_size=64),
         VerticalSlash(vertical=1, slash=6, block_size=64),
         VerticalSlash(vertical=3, slash=4, block_size=64),
         VerticalSlash(vertical=6, slash=1, block_size=64),
@@ -160,10 +150,10 @@ def model():
 def test_a_search_is_written_down_as_plain_numbers(model):
     tokens = jnp.asarray(np.random.default_rng(5).integers(0, 64, (2, 48)), jnp.int32)
     lengths, seen = jnp.array([48, 31]), []
-    candidates = (LOCAL, SinkWindow(sinks=0, window=3, block_size=4))
+    candidates = (LOCAL, AShape(sinks=0, window=9, block_size=4))
     found = search_patterns(model, tokens, candidates, lengths=lengths, start=12)
     found.validate(2, 4)
-    assert eval(repr(found), {"PerHead": PerHead, "SinkWindow": SinkWindow}) == found
+    assert eval(repr(found), {"PerHead": PerHead, "AShape": AShape}) == found
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def shares(model, x_BTD):
