@@ -4,3 +4,4 @@ from dyninf.sparsity.base import Dense as Dense
 from dyninf.sparsity.base import PromptObs as PromptObs
 from dyninf.sparsity.base import Selected as Selected
 from dyninf.sparsity.base import SparsityPolicy as SparsityPolicy
+from dyninf.sparsity.x_attention import XAttention as XAttention
