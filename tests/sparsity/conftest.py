@@ -25,13 +25,13 @@ def select_blocks(policy, q, k, lengths=None, offset=0):
 
 
 def draw_maps(selected, sequence=0):
-    """The blocks of each head as text: a word for each row, a digit for each block up to the row's last one."""
+    """The blocks of each head as text: a word for each row that has any, a digit for each block up to its last one."""
     counts, blocks = (np.asarray(part[sequence]) for part in (selected.index.counts, selected.index.blocks))
     maps = []
     for head in range(counts.shape[0]):
         rows = [blocks[head, row, :count].tolist() for row, count in enumerate(counts[head])]
         assert all(row == sorted(set(row)) for row in rows)
-        maps.append(" ".join("".join(str(int(c in row)) for c in range(row[-1] + 1)) for row in rows))
+        maps.append(" ".join("".join(str(int(c in row)) for c in range(row[-1] + 1)) for row in rows if row))
     return maps
 
 
