@@ -17,17 +17,18 @@ def refuse(**facts: Any) -> str | None:
 
 def strided_scores(q_BTNH, k_BSKH, offset, ends_B, *, stride, block_size, scale):
     """See :func:`pallas_kernels.strided_scores.strided_scores`; ``ends_B`` are the tokens read so far."""
-    num_heads, num_kv = q_BTNH.shape[2], k_BSKH.shape[2]
-    ratio = block_size // stride
-    q_BINX = _concatenate(q_BTNH, ends_B - offset, stride=stride, block_size=block_size, reverse=True)
-    k_BJKX = _concatenate(k_BSKH, ends_B, stride=stride, block_size=block_size, reverse=False)
-    batch, strided, _, features = q_BINX.shape
-    q_RBIKGX = jnp.moveaxis(q_BINX.reshape(batch, -1, ratio, num_kv, num_heads // num_kv, features), 1, 0)
-    k_BKJX = jnp.moveaxis(k_BJKX, 2, 1)
+    batch, length, num_heads, dim = q_BTNH.shape
+    num_kv, ratio = k_BSKH.shape[2], block_size // stride
+    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, -length % block_size), (0, 0), (0, 0)))
+    q_BRYNH = q_BTNH.reshape(batch, -1, block_size, num_heads, dim)
+    k_BSKH = jnp.pad(k_BSKH, ((0, 0), (0, -k_BSKH.shape[1] % block_size), (0, 0), (0, 0)))
+    k_BKJX = jnp.moveaxis(_concatenate(k_BSKH, ends_B, stride), 2, 1)
     columns_11J = jnp.arange(k_BKJX.shape[2])[None, None]
 
-    def score_row(inputs):
-        row, q_BIKGX = inputs
+    def score_row(row):
+        q_BYNH = jax.lax.dynamic_index_in_dim(q_BRYNH, row, 1, keepdims=False)
+        q_BINX = _concatenate(q_BYNH, ends_B - offset - row * block_size, stride, reverse=True)
+        q_BIKGX = q_BINX.reshape(batch, ratio, num_kv, num_heads // num_kv, -1)
         rows_1I1 = (offset // stride + row * ratio + jnp.arange(ratio))[None, :, None]
         # The first token of a column is not behind that of its row, so that the columns seen by a row with a token
         # have one too.
@@ -41,16 +42,15 @@ def strided_scores(q_BTNH, k_BSKH, offset, ends_B, *, stride, block_size, scale)
         held_BKGIC = jnp.sum(weights.reshape(*weights.shape[:-1], -1, ratio), axis=-1)
         return jnp.sum(held_BKGIC / jnp.where(total_BKGI1 > 0, total_BKGI1, 1.0), axis=-2)
 
-    scores_RBKGC = jax.lax.map(score_row, (jnp.arange(strided // ratio), q_RBIKGX))
-    return jnp.moveaxis(scores_RBKGC.reshape(strided // ratio, batch, num_heads, -1), 0, 2)
+    scores_RBKGC = jax.lax.map(score_row, jnp.arange(q_BRYNH.shape[1]))
+    return jnp.moveaxis(scores_RBKGC.reshape(q_BRYNH.shape[1], batch, num_heads, -1), 0, 2)
 
 
-def _concatenate(x_BTNH, lengths_B, *, stride, block_size, reverse):
-    """Return strided rows ``[B, T / stride, N, stride * H]`` of whole blocks; zeros from the lengths on."""
+def _concatenate(x_BTNH, lengths_B, stride, reverse=False):
+    """Return ``stride`` tokens in a row as one, ``[B, T / stride, N, stride * H]``; zeros from the lengths on."""
     batch, length, heads, dim = x_BTNH.shape
     live_BT = jnp.arange(length)[None] < lengths_B[:, None]
     x_BTNH = jnp.where(live_BT[:, :, None, None], x_BTNH, jnp.zeros((), x_BTNH.dtype))
-    x_BTNH = jnp.pad(x_BTNH, ((0, 0), (0, -length % block_size), (0, 0), (0, 0)))
     x_BISNH = x_BTNH.reshape(batch, -1, stride, heads, dim)
     x_BISNH = x_BISNH[:, :, ::-1] if reverse else x_BISNH
     return jnp.moveaxis(x_BISNH, 2, 3).reshape(batch, -1, heads, stride * dim)

@@ -46,16 +46,15 @@ def test_patterns_by_hand(select, maps):
     q, k = jnp.ones((4, 1, 1)), jnp.log(jnp.array([1.0, 2.0, 5.0, 2.0])).reshape(4, 1, 1)
 
     def chosen(**options):
-        selected = select(FlexPrefill(min_budget=1, block_size=1, **options), q, k)
+        selected = select(FlexPrefill(budget=4, min_budget=1, block_size=1, **options), q, k)
         return maps(selected)[0], selected.wanted[0, 0].tolist()
 
     # Vertical-slash: one token reaches 0.4, so that there are two of each: columns 0 and 2, diagonals 0 and 1.
-    assert chosen(budget=4, gamma=0.4, tau=0.0) == ("1 11 111 1011", [1, 2, 3, 3])
-    assert chosen(budget=2, gamma=0.4, tau=0.0) == ("1 11 101 1001", [1, 2, 3, 3])
+    assert chosen(gamma=0.4, tau=0.0) == ("1 11 111 1011", [1, 2, 3, 3])
     # The estimate is exact here and the head query-aware: entries 1, .667, .625, .5, .333 ... up to 0.6 * 4 = 2.4 are
     # the diagonal of rows 0 to 2, up to 0.75 * 4 = 3 block 2 of row 3 as well; the rest is forced.
-    assert chosen(budget=4, gamma=0.6) == ("1 11 101 1001", [1, 2, 2, 2])
-    assert chosen(budget=4, gamma=0.75) == ("1 11 101 1011", [1, 2, 2, 3])
+    assert chosen(gamma=0.6) == ("1 11 101 1001", [1, 2, 2, 2])
+    assert chosen(gamma=0.75) == ("1 11 101 1011", [1, 2, 2, 3])
 
 
 def softmax(scores):
@@ -160,13 +159,14 @@ def test_planted_patterns_are_found(rng, select, maps):
 
 
 def test_padding_and_what_is_not_written_change_nothing(themes, select, maps):
-    q, k = themes(8, 300, 4, 2, 16)
-    policy = FlexPrefill(budget=8, tau=0.2, gamma=0.8, min_budget=2, block_size=32)
-    alone = maps(select(policy, q[:237], k[:237]))
-    q[237:], k[237:] = np.nan, np.nan
-    padded = select(policy, np.stack([q, q]), np.stack([k, k]), np.array([237, 0]))
-    assert not np.asarray(padded.index.counts[0, :, 8:]).any() and not np.asarray(padded.index.counts[1]).any()
-    assert maps(padded) == alone
+    q, k = themes(7, 150, 4, 2, 8)
+    options = {"budget": 8, "tau": 0.25, "gamma": 0.8, "min_budget": 2}
+    expected = select_numpy(q[:117], k[:117], 16, **options)
+    assert {aware for _, _, aware in expected} == {True, False}
+    q[117:], k[117:] = np.nan, np.nan
+    selected = select(FlexPrefill(block_size=16, **options), np.stack([q, q]), np.stack([k, k]), np.array([117, 0]))
+    assert maps(selected) == [rows for rows, _, _ in expected]
+    assert not np.asarray(selected.index.counts[0, :, 8:]).any() and not np.asarray(selected.index.counts[1]).any()
 
 
 @pytest.mark.parametrize("tokens", [1, 33])
