@@ -27,4 +27,5 @@ from pallas_kernels.page_scores import summarize_pages as summarize_pages
 from pallas_kernels.readout import Readout as Readout
 from pallas_kernels.readout import exit_readout as exit_readout
 from pallas_kernels.readout import read_logits as read_logits
+from pallas_kernels.strided_scores import strided_scores as strided_scores
 from pallas_kernels.topk_pages import topk_pages as topk_pages

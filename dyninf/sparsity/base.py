@@ -64,3 +64,13 @@ class SparsityPolicy:
 @pytree()
 class Dense(SparsityPolicy):
     """Attend to every block: exact."""
+
+
+def require_sizes(policy: SparsityPolicy, **least: int) -> None:
+    """Raise ValueError unless these fields, which decide shapes, are whole numbers of at least the given ones."""
+    for name, low in least.items():
+        value = getattr(policy, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(
+                f"expected {name} of {type(policy).__name__} to be a whole number of at least {low}, got {value!r}"
+            )

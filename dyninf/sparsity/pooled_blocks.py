@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dyninf.pytree import pytree
-from dyninf.sparsity.base import PromptObs, Selected, SparsityPolicy
-from dyninf.sparsity.checks import require_sizes
+from dyninf.sparsity.base import PromptObs, Selected, SparsityPolicy, require_sizes
 from dyninf.sparsity.probes import MOST_SCORES, keys_written
 from pallas_kernels import BlockIndex, choose_blocks
 
@@ -74,8 +73,7 @@ class PooledBlocks(SparsityPolicy):
 
     def validate(self, num_layers: int, num_heads: int) -> None:
         """Raise ValueError if a parameter is out of its range."""
-        require_sizes(self, "budget", "block_size")
-        require_sizes(self, "sinks", "recent", least=0)
+        require_sizes(self, budget=1, block_size=1, sinks=0, recent=0)
         if self.budget < self.sinks + self.recent:
             raise ValueError(
                 f"expected a budget of at least sinks + recent = {self.sinks + self.recent} blocks for PooledBlocks, "

@@ -24,8 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from dyninf.pytree import pytree
-from dyninf.sparsity.base import PromptObs, Selected, SparsityPolicy
-from dyninf.sparsity.checks import require_sizes
+from dyninf.sparsity.base import PromptObs, Selected, SparsityPolicy, require_sizes
 from dyninf.sparsity.probes import block_attention, keys_written, last_queries, rows_of
 from pallas_kernels import BlockIndex
 
@@ -66,7 +65,7 @@ class VerticalSlash(SparsityPolicy):
 
     def validate(self, num_layers: int, num_heads: int) -> None:
         """Raise ValueError if a parameter is out of its range."""
-        require_sizes(self, "vertical", "slash", "last_queries", "block_size")
+        require_sizes(self, vertical=1, slash=1, last_queries=1, block_size=1)
 
 
 def pooled_sums(obs: PromptObs, count: int, block_size: int) -> tuple[jax.Array, jax.Array]:

@@ -23,8 +23,7 @@ import jax.numpy as jnp
 
 from dyninf.depth.base import require_number
 from dyninf.pytree import pytree
-from dyninf.sparsity.base import PromptObs, Selected, SparsityPolicy
-from dyninf.sparsity.checks import require_sizes
+from dyninf.sparsity.base import PromptObs, Selected, SparsityPolicy, require_sizes
 from dyninf.sparsity.probes import block_attention, last_queries, rows_of, spaced_queries
 from pallas_kernels import BlockIndex
 
@@ -90,4 +89,4 @@ class ZipVL(SparsityPolicy):
     def validate(self, num_layers: int, num_heads: int) -> None:
         """Raise ValueError if a parameter is out of its range."""
         require_number("mass of ZipVL", self.mass, 0.0, 1.0)
-        require_sizes(self, "budget", "probes", "block_size")
+        require_sizes(self, budget=1, probes=1, block_size=1)
