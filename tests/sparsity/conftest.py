@@ -1,10 +1,14 @@
 """Inputs that tests of sparse prefill share, and maps of blocks drawn as text."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from dyninf.sparsity import PromptObs
+
+QUICK = {"xla_backend_optimization_level": 0}  # compiling takes nearly all the time of these tests
 
 
 def draw(seed, tokens, heads, kv, dim):
@@ -17,7 +21,7 @@ def draw(seed, tokens, heads, kv, dim):
     return q.astype(np.float32), k.astype(np.float32)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=QUICK)
 def select_blocks(policy, q, k, lengths=None, offset=0):
     """What a policy selects for queries and keys given as ``[T, N, H]`` or ``[B, T, N, H]``."""
     q, k = (part if part.ndim == 4 else part[None] for part in (q, k))
