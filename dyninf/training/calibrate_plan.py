@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dyninf.depth.base import DepthPolicy
@@ -92,4 +93,5 @@ def needed_layers(model: CausalLM, tokens: Any, lengths: Any, plan: Plan) -> np.
 
 @jax.jit
 def _needed(model, tokens_BT, lengths_B, plan):
-    return forward(model, tokens_BT, plan, lengths=lengths_B).needed
+    prompts_B = jnp.ones_like(lengths_B)  # said even where the plan's prompts are sparse and would be the whole text
+    return forward(model, tokens_BT, plan, lengths=lengths_B, prompt_lengths=prompts_B).needed
