@@ -40,7 +40,7 @@ SECONDS = 0.1  # that repeated calls take together
 REPEATS = 7
 POLICIES = {
     "a_shape": lambda blocks: sparsity.AShape(),
-    "power": lambda blocks: sparsity.PowerAttention(),
+    "power": lambda blocks: sparsity.PowerAttention(dense_layers=0),
     "vertical_slash": lambda blocks: sparsity.VerticalSlash(),
     "pooled_blocks": lambda blocks: sparsity.PooledBlocks(budget=64),
     "zip_vl": lambda blocks: sparsity.ZipVL(budget=128),
