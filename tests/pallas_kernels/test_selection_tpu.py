@@ -26,7 +26,7 @@ def interpreted(function, *arguments, cores=1, **options):
     params = pltpu.InterpretParams(num_cores_or_threads=cores, **INTERPRET)
     result = jax.block_until_ready(jax.jit(functools.partial(function, interpret=params, **options))(*arguments))
     assert not interpret_pallas_call.races.races_found
-    return np.asarray(result, np.float32)
+    return jax.tree.map(lambda array: np.asarray(array, np.float32), result)
 
 
 def read_case(rng, *, tokens, heads, kv, dim, slots, dtype, page=None, entries=None):
