@@ -5,6 +5,8 @@ with ``G = N / K``; slot s of a cache holds position s; scores are scaled by ``H
 row that may attend to nothing gives zeros.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -13,11 +15,13 @@ from pallas_kernels.dispatch import Implementation, capability, choose, explain,
 from pallas_kernels.index import KVIndex, check_index
 
 PREFILL = (
+    Implementation(name="cudnn", refuse=cudnn.refuse_prefill, run=cudnn.prefill_attention),
     kernel("block_sparse_attention", "mosaic_gpu", "prefill_attention"),
     kernel("block_sparse_attention", "mosaic_tpu", "prefill_attention"),
-    Implementation(name="cudnn", refuse=cudnn.refuse_prefill, run=cudnn.prefill_attention),
     Implementation(name="xla", refuse=reference.refuse, run=reference.prefill_attention),
 )
+LONG_PREFILL = (PREFILL[1], PREFILL[0], *PREFILL[2:])
+LONG = 16384  # tokens of 128 features, from which the Hopper kernel is the faster one (bench/prefill.py)
 DECODE = (
     kernel("attention", "mosaic_gpu", "decode_attention"),
     kernel("attention", "mosaic_tpu", "decode_attention"),
@@ -69,7 +73,7 @@ def prefill_attention(
     _check_shape("keep [B, T]", keep_BT, k_BSKH.shape[:2])
     facts = _facts(q_BTNH, k_BSKH, window=window, masked=keep_BT is not None)
     facts |= {"chunked": offset is not None, "with_lse": with_lse}
-    chosen = choose("prefill_attention", PREFILL, implementation, **facts)
+    chosen = choose("prefill_attention", _prefill_ways(**facts), implementation, **facts)
     offset = None if offset is None else jnp.asarray(offset, jnp.int32)
     about = {"window": window, "keep_BT": keep_BT, "offset": offset, "with_lse": with_lse}
     return chosen.run(q_BTNH, k_BSKH, v_BSKH, lengths_B, **about)
@@ -132,7 +136,12 @@ def explain_attention(*, head_dim: int, dtype: str, num_queries: int) -> dict[st
     common = {"platform": platform(), "dtype": dtype, "kv_dtype": dtype, "head_dim": head_dim}
     common |= {"window": None, "masked": False, "capability": capability(), "num_heads": 1, "num_kv": 1}
     return {
-        "prefill_attention": explain(PREFILL, **common, num_queries=num_queries, num_keys=num_queries),
+        "prefill_attention": explain(
+            _prefill_ways(head_dim=head_dim, num_queries=num_queries),
+            **common,
+            num_queries=num_queries,
+            num_keys=num_queries,
+        ),
         "decode_attention": explain(
             DECODE,
             **common,
@@ -142,6 +151,12 @@ def explain_attention(*, head_dim: int, dtype: str, num_queries: int) -> dict[st
             num_entries=None,
         ),
     }
+
+
+def _prefill_ways(*, head_dim: int, num_queries: int, **_: Any) -> tuple[Implementation, ...]:
+    """Return the implementations of a prefill, the fastest first."""
+    long = head_dim == 128 and num_queries >= LONG and num_queries % 8 == 0
+    return LONG_PREFILL if long else PREFILL
 
 
 def _facts(q_BTNH: jax.Array, k_BSKH: jax.Array, *, window: int | None, masked: bool) -> dict:

@@ -26,6 +26,7 @@ HEAD_DIMS = (64, 128, 256)
 BLOCK_SIZES = (128, 256, 512)
 UNIT_BYTES = 2**18  # of keys that are multiplied at once: 1024 of 128 features in bfloat16
 MOST_ROWS = 512  # queries of a row without an index
+MOST_BLOCKS = 8192  # that the lists of several rows name; two buffers of them take half of SMEM
 ROWS = 8  # of queries whose lists, and sums of exponentials, are moved at once: a tile
 STAGES = 3  # units in the ring, all but one of them on their way
 VMEM_BYTES = 64 * 2**20  # of a v5p or tpu7x; a v5e or v6e has twice as much
@@ -41,11 +42,13 @@ class Geometry:
     """How one call is divided.
 
     Args:
+        group: query heads of a key/value head.
         rows: rows of ``size`` queries.
         blocks: blocks of ``size`` keys.
         entries: blocks that an index can name for a row; ``None`` to read all up to the diagonal.
-        unit: blocks that are multiplied at once.
+        unit: blocks that are multiplied at once, 1 or an even number.
         held: buffers in VMEM for all keys of a head; 0 to bring blocks one by one.
+        limit: bytes of VMEM that the kernel may take.
     """
 
     batch: int
@@ -82,6 +85,7 @@ def refuse(
     **_: Any,
 ) -> str | None:
     """Return why the kernel cannot serve, or ``None``."""
+    size = LANES if block_size is None else block_size
     if platform != "tpu":
         return f"needs a TPU, got platform {platform!r}"
     if dtype not in (jnp.bfloat16, jnp.float32) or kv_dtype != dtype:
@@ -89,10 +93,10 @@ def refuse(
         return f"needs bfloat16 or float32 everywhere, got {names}"
     if head_dim not in HEAD_DIMS:
         return f"needs head_dim {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
-    if block_size is not None and block_size not in BLOCK_SIZES:
-        return f"needs blocks of {', '.join(map(str, BLOCK_SIZES))} keys, got {block_size}"
-    if num_keys >= FAR:
-        return f"needs fewer than {FAR} keys, got {num_keys}"
+    if size not in BLOCK_SIZES:
+        return f"needs blocks of {', '.join(map(str, BLOCK_SIZES))} keys, got {size}"
+    if num_keys > MOST_BLOCKS * size:
+        return f"needs at most {MOST_BLOCKS} blocks of keys, got {num_keys} keys in blocks of {size}"
     if masked:
         return "takes lengths and a window only, not a mask of keys"
     return None
@@ -241,8 +245,7 @@ def _kernel(g: Geometry, *refs):
     names += [*(["lse"] if g.with_lse else []), "mixed", "top", "mass"]
     names += [] if g.held else ["keys", "values", "arrived"]
     r = SimpleNamespace(**dict(zip(names, refs, strict=True)))
-    batch, head = pl.program_id(0), pl.program_id(1)
-    row = pl.program_id(2)
+    batch, head, row = (pl.program_id(axis) for axis in range(3))
     at = SimpleNamespace(batch=batch, head=lax.div(head, I32(g.group)), length=r.lengths[batch])
     at.first, at.row = r.offset[0] + row * g.size, lax.rem(row, I32(ROWS))
     at.begin, at.count = _named(g, r, at)
@@ -303,7 +306,8 @@ def _serve(g, r, at, unit, width):
     blocks = [_block(g, r, at, unit * g.unit + part) for part in range(width)]
     positions = [position for _, position in blocks]
     if g.held:
-        keys, values = (lambda ref=ref: _join([ref[pl.ds(at, g.size)] for at, _ in blocks], 0) for ref in (r.k, r.v))
+        places = [pl.ds(place, g.size) for place, _ in blocks]
+        keys, values = (lambda ref=ref: _join([ref[place] for place in places], 0) for ref in (r.k, r.v))
     else:
         _copy(g, r, at, unit + STAGES - 1, "start")
         _copy(g, r, at, unit, "wait")

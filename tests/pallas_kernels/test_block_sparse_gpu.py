@@ -141,6 +141,6 @@ def test_agrees_with_the_reference(rng, name):
 )
 def test_refusals(change, reason, monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", dispatch.MOSAIC_GPU_JAX)
-    kernel = PREFILL[0] if "masked" in change else BLOCK_SPARSE[0]
+    kernel = PREFILL[1] if "masked" in change else BLOCK_SPARSE[0]
     assert kernel.refuse(**FACTS) is None
     assert reason in kernel.refuse(**FACTS | change)
