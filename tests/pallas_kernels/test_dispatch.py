@@ -76,5 +76,10 @@ def test_explain_names_every_implementation():
     said = explain_attention(head_dim=64, dtype="bfloat16", num_queries=5)
     assert list(said) == ["prefill_attention", "decode_attention"]
     for reasons in said.values():
-        assert [name for name, _ in reasons][-2:] == ["cudnn", "xla"] and dict(reasons)["xla"] is None
-    assert said["decode_attention"][0][0] == "mosaic_gpu"
+        assert {"mosaic_gpu", "mosaic_tpu", "cudnn"} < set(dict(reasons)) and reasons[-1] == ("xla", None)
+    # cuDNN first for short prompts and small heads, the kernel of ours for long ones.
+    first = [said[operation][0][0] for operation in said]
+    assert first == ["cudnn", "mosaic_gpu"]
+    assert (
+        explain_attention(head_dim=128, dtype="bfloat16", num_queries=16384)["prefill_attention"][0][0] == "mosaic_gpu"
+    )
