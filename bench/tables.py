@@ -5,7 +5,7 @@ import re
 from functools import partial
 from itertools import pairwise
 
-from bench import budget_tables, selection_tables
+from bench import budget_tables, prefill_tables, selection_tables
 from bench.rendering import H200_COPY_GB_S, RESULTS, commits, read_rows, table
 
 
@@ -263,5 +263,8 @@ TABLES = {
     "selection_topk": lambda: selection_tables.selection_table("topk"),
     "decode_128k": selection_tables.whole_table,
     "eviction_merge": selection_tables.eviction_table,
+    "prefill_dense": lambda: prefill_tables.prefill_table("dense"),
+    "prefill_blocks": lambda: prefill_tables.prefill_table("blocks"),
+    "prefill_policies": lambda: prefill_tables.prefill_table("policies"),
     **{f"budgets_{study}": partial(budgets_table, study) for study in ("tasks", "nll", "mass")},
 }
