@@ -1,4 +1,7 @@
-"""``dyninf bench``: decode speed of a model, or of a shape with random weights, over plans and batch sizes."""
+"""``dyninf bench``: speed of a model, or of a shape with random weights, over plans and batch sizes.
+
+That of decode steps, or the time until a prompt of random tokens has given its first one.
+"""
 
 import argparse
 import json
@@ -23,7 +26,7 @@ from dyninf.cli.common import (
     progress,
     table_console,
 )
-from dyninf.cli.decoding import bytes_per_step, decode_steps, random_state, summary_bytes
+from dyninf.cli.decoding import bytes_per_step, decode_steps, random_state, summary_bytes, time_prompt
 from dyninf.cli.plan_options import check_plan, read_plans
 from dyninf.configs.models import shapes
 from dyninf.timing import device_name, measure
@@ -32,6 +35,7 @@ EXAMPLES = """\
 examples:
   dyninf bench --shape tiny --batch 1,4 --context 256
   dyninf bench --shape llama3-8b --batch 1,8 --context 2048 --plans dense,unified_skip --jsonl rows.jsonl
+  dyninf bench --shape llama3-8b --prompt 8192 --plans dense,sparse_a_shape
 
 The cache and the tokens fed are random, so plans that look at the text mostly run every layer here: this measures
 what a step costs. "dyninf compare" measures what a plan saves on real text.
@@ -42,8 +46,8 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command to the parser."""
     parser = subparsers.add_parser(
         "bench",
-        help="decode speed of a model or a shape",
-        description="Time decode steps in one program on the device, with warm-up.",
+        help="speed of a model or a shape",
+        description="Time decode steps in one program on the device, or the reading of a prompt, with warm-up.",
         epilog=EXAMPLES,
     )
     add_model_options(parser)
@@ -55,6 +59,8 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
         "--filled", type=int, metavar="N", help="slots filled before the first step (default: all but --steps)"
     )
     parser.add_argument("--steps", type=int, default=64, help="decode steps in each run (default: 64)")
+    parser.add_argument("--prompt", type=int, metavar="N", help="time a prompt of N tokens instead of decode steps")
+    parser.add_argument("--prefill-chunk", type=int, metavar="N", help="read the prompt N tokens at a time")
     parser.add_argument("--repeats", type=int, default=5, help="runs that count, after one that compiles (default: 5)")
     parser.add_argument("--jsonl", metavar="FILE", help='append one JSON object a row; "-" prints them, not the table')
     parser.set_defaults(run=run)
@@ -65,6 +71,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Time every plan at every batch size and print the rows."""
     batches = _integers(arguments.batch)
     check_positive(steps=arguments.steps, repeats=arguments.repeats, batch=min(batches))
+    if arguments.prompt is not None:
+        check_positive(prompt=arguments.prompt)
+        arguments.context = max(arguments.prompt, arguments.steps + 1)
+    elif arguments.prefill_chunk is not None:
+        raise ValueError("expected --prompt beside --prefill-chunk; without it decode steps are timed")
     if arguments.steps >= arguments.context:
         raise ValueError(f"expected --context above --steps, got {arguments.context} and {arguments.steps}")
     if arguments.filled is None:
@@ -84,10 +95,11 @@ def run(arguments: argparse.Namespace) -> int:
     for plan in plans.values():
         check_plan(plan, model)
     rows = []
+    bench, time = ("decode", _time) if arguments.prompt is None else ("prompt", _time_prompt)
     with progress() as bar:
-        for batch, plan_name in bar.track([(b, p) for b in batches for p in plans], description="decoding"):
-            timed = _time(model, plans[plan_name], batch, arguments)
-            rows.append({"bench": "decode", "model": name, "plan": plan_name, "dtype": dtype, "batch": batch, **timed})
+        for batch, plan_name in bar.track([(b, p) for b in batches for p in plans], description="timing"):
+            timed = time(model, plans[plan_name], batch, arguments)
+            rows.append({"bench": bench, "model": name, "plan": plan_name, "dtype": dtype, "batch": batch, **timed})
     about = describe_run(model)
     for row in rows:
         dense = [other for other in rows if other["plan"] == "dense" and other["batch"] == row["batch"]]
@@ -133,6 +145,25 @@ def _time(model: models.Transformer, plan: dyninf.Plan, batch: int, arguments: a
         "layers_run": means["layers_run"],
         "bytes_per_step": num_bytes,
         "achieved_gb_s": num_bytes / timing.median / 1e9,
+    }
+
+
+def _time_prompt(model: models.Transformer, plan: dyninf.Plan, batch: int, arguments: Any) -> dict[str, Any]:
+    timing = time_prompt(
+        model,
+        plan,
+        batch=batch,
+        length=arguments.prompt,
+        chunk=arguments.prefill_chunk,
+        repeats=arguments.repeats,
+    )
+    return {
+        "prompt": arguments.prompt,
+        "prefill_chunk": arguments.prefill_chunk,
+        "median_ms": 1000 * timing.median,
+        "p10_ms": 1000 * timing.p10,
+        "p90_ms": 1000 * timing.p90,
+        "tokens_per_s": batch * arguments.prompt / timing.median,
     }
 
 
@@ -199,11 +230,15 @@ def _integers(text: str) -> list[int]:
 
 def _print(name: str, rows: list[dict[str, Any]]) -> None:
     about = rows[0]
-    filled = f"{about['filled']} of {about['context']} slots filled"
-    title = f"{name}, {about['dtype']}, {filled}, on {about['device']}, jax {about['jax']}"
+    decodes = about["bench"] == "decode"
+    what = (
+        f"{about['filled']} of {about['context']} slots filled" if decodes else f"prompts of {about['prompt']} tokens"
+    )
+    title = f"{name}, {about['dtype']}, {what}, on {about['device']}, jax {about['jax']}"
     table = Table(title=title, title_justify="left")
     table.add_column("plan")
-    for column in ("batch", "ms/step", "p10", "p90", "tokens/s", "layers run", "GB/s", "speed-up"):
+    spent = ("layers run", "GB/s") if decodes else ()
+    for column in ("batch", "ms/step" if decodes else "ms", "p10", "p90", "tokens/s", *spent, "speed-up"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -211,8 +246,7 @@ def _print(name: str, rows: list[dict[str, Any]]) -> None:
             str(row["batch"]),
             *(f"{row[name]:.3f}" for name in ("median_ms", "p10_ms", "p90_ms")),
             f"{row['tokens_per_s']:.1f}",
-            f"{row['layers_run']:.2f}",
-            f"{row['achieved_gb_s']:.1f}",
+            *((f"{row['layers_run']:.2f}", f"{row['achieved_gb_s']:.1f}") if decodes else ()),
             "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
         )
     table_console().print(table)

@@ -1,4 +1,4 @@
-"""Decode on the device for a fixed number of steps: what ``compare`` and ``bench`` time.
+"""Decode on the device for a fixed number of steps, or read a prompt: what ``compare`` and ``bench`` time.
 
 The steps are those of ``dyninf.generate``, in one program with the state donated. Given tokens replace the sampled
 ones, so that every plan decodes the same text.
@@ -18,6 +18,7 @@ from dyninf.depth_loop import Driver
 from dyninf.kv import ReadAll, TopK
 from dyninf.model import CausalLM, kv_shape, vocab_size
 from dyninf.own_cache import OwnCache, tree_bytes
+from dyninf.prompt_run import padded_length
 from dyninf.timing import Timing, measure
 
 
@@ -74,9 +75,22 @@ def time_excerpt(
     return timing.per(count), dyninf.summarize(spent[-1]) | held
 
 
-@functools.partial(jax.jit, static_argnames=("spec",))
-def _prefill(model, tokens, lengths, plan, spec, key):
-    return dyninf.prefill(model, tokens, lengths, plan, spec, key)[1]
+def time_prompt(
+    model: CausalLM, plan: dyninf.Plan, *, batch: int, length: int, chunk: int | None, repeats: int
+) -> Timing:
+    """Return the seconds until prompts of random tokens are in the cache and have given their first token."""
+    capacity = padded_length(length, chunk) + 1
+    spec = dyninf.CacheSpec(capacity=-(-capacity // 8) * 8)  # what kernels read at once
+    tokens = jax.random.randint(jax.random.key(0), (batch, length), 0, vocab_size(model))
+    lengths = jnp.full(batch, length)
+    return measure(
+        lambda: _prefill(model, tokens, lengths, plan, spec, jax.random.key(0), chunk=chunk), repeats=repeats
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "chunk"))
+def _prefill(model, tokens, lengths, plan, spec, key, chunk=None):
+    return dyninf.prefill(model, tokens, lengths, plan, spec, key, chunk=chunk)[1]
 
 
 def random_state(

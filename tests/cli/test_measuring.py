@@ -200,6 +200,33 @@ def test_bench_appends_rows(folder, tmp_path, capsys):
     assert "tokens/s" in capsys.readouterr().out
 
 
+def test_bench_times_prompts(folder, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    arguments = [
+        "--prompt",
+        "23",
+        "--batch",
+        "2",
+        "--repeats",
+        "2",
+        "--plans",
+        "exit_half,dense",
+        "--prefill-chunk",
+        "8",
+    ]
+    assert main(["bench", "--model", folder, *arguments, "--jsonl", str(file)]) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["bench"], row["plan"], row["prompt"], row["prefill_chunk"]) for row in rows] == [
+        ("prompt", "exit_half", 23, 8),
+        ("prompt", "dense", 23, 8),
+    ]
+    assert rows[0]["tokens_per_s"] == pytest.approx(1000 * 2 * 23 / rows[0]["median_ms"])
+    assert rows[0]["speedup"] == pytest.approx(rows[1]["median_ms"] / rows[0]["median_ms"])
+    assert "prompts of 23" in capsys.readouterr().out
+    assert main(["bench", "--model", folder, "--prefill-chunk", "8"]) != 0
+    assert "--prompt beside --prefill-chunk" in capsys.readouterr().err
+
+
 def test_plans_lists_every_plan_its_fields_and_its_policies(capsys):
     assert main(["plans", "--layers", "8"]) == 0
     out = capsys.readouterr().out
