@@ -25,7 +25,7 @@ from pallas_kernels.dispatch import refuse_unless_hopper
 
 HEAD_DIMS = (64, 128, 256)
 ROW = 128  # queries of a block of threads, and keys of a block of an index
-HALF = ROW // 2  # queries of a warpgroup
+HALF = ROW // 2  # queries of a reader
 UNEVEN = 256  # rows of all keys: at 128 of them a block of threads a tile is 12 % faster, at 256 it is 2 % slower
 STAGES = 2
 LOADER = 2  # its warpgroup
@@ -44,6 +44,8 @@ class Geometry:
         tokens, keys: in multiples of 8.
         entries: blocks that an index lists for a row; ``None`` to attend to all.
         cores: multiprocessors of the device.
+        interpreted: whether an interpreter runs the kernel. It takes the left side of products from shared memory only,
+            and wants every barrier waited for.
     """
 
     batch: int
@@ -58,6 +60,7 @@ class Geometry:
     sinks: int
     with_lse: bool
     cores: int
+    interpreted: bool = False
 
     @property
     def rows(self) -> int:
@@ -117,35 +120,29 @@ def refuse(
 
 
 def block_sparse_attention(
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    index,
-    lengths_B,
-    *,
-    offset,
-    window=None,
-    sinks=0,
-    with_lse=False,
-    cores: int | None = None,
+    q_BTNH, k_BSKH, v_BSKH, index, lengths_B, *, offset, window=None, sinks=0, with_lse=False, **how
 ):
     """See :func:`pallas_kernels.block_sparse_attention.block_sparse_attention`.
 
     Args:
-        cores: multiprocessors to divide the work for; ``None`` for those of the device.
+        how: ``cores``, multiprocessors to divide the work for in place of those of the device, and ``interpreted``,
+            whether an interpreter runs the kernel.
     """
-    return _attend(q_BTNH, k_BSKH, v_BSKH, index, lengths_B, offset, window, sinks, with_lse, cores)
+    about = {"offset": offset, "window": window, "sinks": sinks, "with_lse": with_lse}
+    return _attend(q_BTNH, k_BSKH, v_BSKH, index, lengths_B, **about, **how)
 
 
 def prefill_attention(
-    q_BTNH, k_BSKH, v_BSKH, lengths_B, *, window=None, keep_BT=None, offset=None, with_lse=False, cores=None
+    q_BTNH, k_BSKH, v_BSKH, lengths_B, *, window=None, keep_BT=None, offset=None, with_lse=False, **how
 ):
-    """See :func:`pallas_kernels.attention.prefill_attention`; ``cores`` as above."""
-    offset = jnp.int32(0) if offset is None else offset
-    return _attend(q_BTNH, k_BSKH, v_BSKH, None, lengths_B, offset, window, 0, with_lse, cores)
+    """See :func:`pallas_kernels.attention.prefill_attention`; ``how`` as above."""
+    about = {"offset": jnp.int32(0) if offset is None else offset, "window": window, "sinks": 0, "with_lse": with_lse}
+    return _attend(q_BTNH, k_BSKH, v_BSKH, None, lengths_B, **about, **how)
 
 
-def _attend(q_BTNH, k_BSKH, v_BSKH, index, lengths_B, offset, window, sinks, with_lse, cores):
+def _attend(
+    q_BTNH, k_BSKH, v_BSKH, index, lengths_B, *, offset, window, sinks, with_lse, cores=None, interpreted=False
+):
     batch, tokens, heads, head_dim = q_BTNH.shape
     keys, kv_heads = k_BSKH.shape[1:3]
     if lengths_B is None:
@@ -167,6 +164,7 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, index, lengths_B, offset, window, sinks, wit
         sinks=sinks,
         with_lse=with_lse,
         cores=jax.local_devices()[0].core_count if cores is None else cores,
+        interpreted=interpreted,
     )
     lengths_B = jnp.clip(lengths_B, 0, keys)
     lists = [] if index is None else [_spans(g, index, lengths_B, offset), index.blocks]
@@ -216,6 +214,8 @@ def _kernel(g: Geometry):
     }
     if g.staged:
         scratch["staged"] = halves
+    if g.interpreted:
+        scratch["weights"] = plgpu.SMEM((2, HALF, g.step), g.dtype, transforms=tiled)
     if g.with_lse:
         out.append(jax.ShapeDtypeStruct((g.batch, g.heads, g.rows * ROW), F32))
         scratch["sums"] = plgpu.SMEM((2, HALF), F32)
@@ -317,7 +317,15 @@ def _load(g, r, turns, where):
         lax.fori_loop(0, count, bring, key)
         return done + count, *following
 
-    lax.fori_loop(0, turns, bring_tile, (I32(0), *ahead(I32(0))))
+    done, *_ = lax.fori_loop(0, turns, bring_tile, (I32(0), *ahead(I32(0))))
+    if g.interpreted:
+        for half in range(2):
+            plgpu.barrier_wait(r.queries_free.at[half])
+        for i in range(STAGES):
+            stage = lax.rem(done + i, I32(STAGES))
+            used = done + i >= STAGES
+            pl.when(used)(lambda stage=stage: plgpu.barrier_wait(r.keys_free.at[stage]))
+            pl.when(used)(lambda stage=stage: plgpu.barrier_wait(r.values_free.at[stage]))
 
 
 def _read(g, r, turns, where, warpgroup):
@@ -332,12 +340,13 @@ def _read(g, r, turns, where, warpgroup):
         return done + steps[2], *following
 
     lax.fori_loop(0, turns, read, (I32(0), *_steps(g, r, where(I32(0)))))
+    if g.interpreted:
+        pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(r.turn.at[0]))
     plgpu.wait_smem_to_gmem(0)
 
 
 def _read_tile(g, r, at, steps, done, warpgroup):
     begin, end, count = steps
-    queries = r.queries.at[warpgroup]
     first = at.position + warpgroup * HALF
     last = count - 1
 
@@ -345,30 +354,18 @@ def _read_tile(g, r, at, steps, done, warpgroup):
         return lax.rem(done + step, I32(STAGES))
 
     def multiply(step, sums, weights):
-        """Return the sums with the values of the step before, if there is one, and the scores of a step.
-
-        One after the other without waiting in between; then it is the other reader's turn.
-        """
-        keys, values = stage_of(step), stage_of(step - 1)
-
-        def issue(refs):
-            plgpu.barrier_wait(r.keys_full.at[keys])
-            if weights is not None:
-                plgpu.barrier_wait(r.values_full.at[values])
-            plgpu.barrier_wait(r.turn.at[warpgroup])
-            if weights is not None:
-                plgpu.wgmma(refs[1], weights, r.values.at[values])
-            plgpu.wgmma(refs[0], queries, r.keys.at[keys].T)
-            plgpu.barrier_arrive(r.turn.at[1 - warpgroup])
-
-        empty = plgpu.ACC.init(plgpu.layout_cast(jnp.zeros((HALF, g.step), F32), TILE))
-        scores, *sums = pl.run_state(issue)((empty, *([] if weights is None else [plgpu.ACC.init(sums)])))
+        """Return the scores of a step, and the sums with the values of the step before, if there is one."""
+        keys, values = stage_of(step), None if weights is None else stage_of(step - 1)
+        plgpu.barrier_wait(r.keys_full.at[keys])
+        if weights is not None:
+            plgpu.barrier_wait(r.values_full.at[values])
+        found = _products(g, r, warpgroup, keys, weights, values, sums)
         plgpu.barrier_arrive(r.keys_free.at[keys])
         if weights is not None:
             plgpu.barrier_arrive(r.values_free.at[values])
         if g.staged:
             pl.when(step == last)(lambda: plgpu.barrier_arrive(r.queries_free.at[warpgroup]))
-        return scores, *sums
+        return found
 
     def fold(step, state, *, masked):
         scores, *state = state
@@ -389,16 +386,54 @@ def _read_tile(g, r, at, steps, done, warpgroup):
     state = lax.fori_loop(begin, end, functools.partial(fold, masked=False), state)
     scores, *state = lax.fori_loop(end, last, functools.partial(fold, masked=True), state)
     sums, top, total, weights = _weigh(g, r, at, first, last, scores, state)
+    values = stage_of(last)
+    plgpu.barrier_wait(r.values_full.at[values])
+    (sums,) = _products(g, r, warpgroup, None, weights, values, sums)
+    plgpu.barrier_arrive(r.values_free.at[values])
+    _write(g, r, at, warpgroup, sums, top, total)
 
-    def finish(acc):
-        plgpu.barrier_wait(r.values_full.at[stage_of(last)])
+
+def _products(g, r, warpgroup, keys, weights, values, sums):
+    """Return scores of a stage of keys, and sums with a stage of values, both or one of them.
+
+    One after the other without waiting in between, in a turn at the tensor cores.
+    """
+
+    def issue(refs):
         plgpu.barrier_wait(r.turn.at[warpgroup])
-        plgpu.wgmma(acc, weights, r.values.at[stage_of(last)])
+        if weights is not None:
+            plgpu.wgmma(refs[-1], weights, r.values.at[values])
+        if keys is not None:
+            plgpu.wgmma(refs[0], r.queries.at[warpgroup], r.keys.at[keys].T)
         plgpu.barrier_arrive(r.turn.at[1 - warpgroup])
 
-    sums = pl.run_state(finish)(plgpu.ACC.init(sums))
-    plgpu.barrier_arrive(r.values_free.at[stage_of(last)])
-    _write(g, r, at, warpgroup, sums, top, total)
+    if g.interpreted:
+        return _products_apart(g, r, warpgroup, keys, weights, values, sums)
+    refs = [] if keys is None else [plgpu.ACC.init(plgpu.layout_cast(jnp.zeros((HALF, g.step), F32), TILE))]
+    refs += [] if weights is None else [plgpu.ACC.init(sums)]
+    return pl.run_state(issue)(tuple(refs))
+
+
+def _products_apart(g, r, warpgroup, keys, weights, values, sums):
+    """Return what :func:`_products` does, one product after the other and from shared memory."""
+
+    def multiply(left, right):
+        def issue(acc):
+            plgpu.wgmma(acc, left, right)
+            return acc[...]
+
+        return pl.run_scoped(issue, plgpu.ACC((HALF, right.shape[1]), F32))
+
+    found = []
+    plgpu.barrier_wait(r.turn.at[warpgroup])
+    if keys is not None:
+        found.append(multiply(r.queries.at[warpgroup], r.keys.at[keys].T))
+    if weights is not None:
+        r.weights.at[warpgroup][...] = weights
+        plgpu.commit_smem()
+        found.append(sums + multiply(r.weights.at[warpgroup], r.values.at[values]))
+    plgpu.barrier_arrive(r.turn.at[1 - warpgroup])
+    return found
 
 
 def _weigh(g, r, at, first, masked_step, scores, state):
