@@ -111,6 +111,20 @@ def refuse_unless_hopper(platform: str, capability: str | None) -> str | None:
     return None
 
 
+def refuse_dtypes(found: dict[str, Any], served: tuple[str, ...]) -> str | None:
+    """Return why a kernel that takes one dtype everywhere cannot serve, or ``None``.
+
+    Args:
+        found: dtypes by what has them, such as ``{"queries": ..., "keys": ...}``.
+        served: names of the dtypes that it takes.
+    """
+    names = [jnp.dtype(dtype).name for dtype in found.values()]
+    if len(set(names)) == 1 and names[0] in served:
+        return None
+    got = " and ".join(f"{name} {what}" for what, name in zip(found, names, strict=True))
+    return f"needs {' or '.join(served)} everywhere, got {got}"
+
+
 def refuse_keys(dtype: Any, head_dim: int) -> str | None:
     """Return why kernels that move keys in parts of 64 features cannot take them, or ``None``."""
     if dtype not in (jnp.bfloat16, jnp.float16):

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import refuse_unless_hopper
+from pallas_kernels.dispatch import refuse_dtypes, refuse_unless_hopper
 
 PAGE_SIZES = (8, 16, 32, 64, 128)
 F32, I32 = jnp.float32, jnp.int32
@@ -54,9 +54,8 @@ def refuse(
     """Return why the kernel cannot serve, or ``None``."""
     if reason := refuse_unless_hopper(platform, capability):
         return reason
-    if dtype not in (jnp.bfloat16, jnp.float16) or summary_dtype != dtype:
-        names = f"{jnp.dtype(dtype).name} keys and {jnp.dtype(summary_dtype).name} summaries"
-        return f"needs bfloat16 or float16 everywhere, got {names}"
+    if reason := refuse_dtypes({"keys": dtype, "summaries": summary_dtype}, ("bfloat16", "float16")):
+        return reason
     if head_dim % 64 or head_dim > 256:
         return f"needs head_dim to be a multiple of 64 up to 256, got {head_dim}"
     if page_size not in PAGE_SIZES or num_slots % page_size:

@@ -15,6 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dispatch import refuse_dtypes
+
 PAGE_SIZES = (8, 16, 32, 64, 128)
 MOST_TOKENS = 8
 PAGES_BYTES = 4 * 2**20  # of the pages of a step
@@ -36,9 +38,8 @@ def refuse(
     """Return why the kernel cannot serve, or ``None``."""
     if platform != "tpu":
         return f"needs a TPU, got platform {platform!r}"
-    if dtype not in (jnp.bfloat16, jnp.float32) or summary_dtype != dtype:
-        names = f"{jnp.dtype(dtype).name} keys and {jnp.dtype(summary_dtype).name} summaries"
-        return f"needs bfloat16 or float32 everywhere, got {names}"
+    if reason := refuse_dtypes({"keys": dtype, "summaries": summary_dtype}, ("bfloat16", "float32")):
+        return reason
     if head_dim % 128:
         return f"needs head_dim to be a multiple of 128, got {head_dim}"
     if num_kv not in (2, 4) and num_kv % 8 and (num_kv > 1 or dtype == jnp.bfloat16):

@@ -23,6 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dispatch import refuse_dtypes
+
 LANES = 128
 PAGE_SIZES = (8, 16, 32, 64, 128)
 HEAD_DIMS = (64, 128, 256)
@@ -116,9 +118,8 @@ def refuse(
     """Return why the kernel cannot serve, or ``None``."""
     if platform != "tpu":
         return f"needs a TPU, got platform {platform!r}"
-    if dtype not in (jnp.bfloat16, jnp.float32) or kv_dtype != dtype:
-        names = f"{jnp.dtype(dtype).name} queries and {jnp.dtype(kv_dtype).name} keys"
-        return f"needs bfloat16 or float32 everywhere, got {names}"
+    if reason := refuse_dtypes({"queries": dtype, "keys": kv_dtype}, ("bfloat16", "float32")):
+        return reason
     if head_dim not in HEAD_DIMS:
         return f"needs head_dim {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
     if masked:

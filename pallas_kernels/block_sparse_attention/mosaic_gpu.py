@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import refuse_unless_hopper
+from pallas_kernels.dispatch import refuse_dtypes, refuse_unless_hopper
 
 HEAD_DIMS = (64, 128, 256)
 ROW = 128  # queries of a block of threads, and keys of a block of an index
@@ -107,9 +107,8 @@ def refuse(
     """Return why the kernel cannot serve, or ``None``."""
     if reason := refuse_unless_hopper(platform, capability):
         return reason
-    if dtype not in (jnp.bfloat16, jnp.float16) or kv_dtype != dtype:
-        names = f"{jnp.dtype(dtype).name} queries and {jnp.dtype(kv_dtype).name} keys"
-        return f"needs bfloat16 or float16 everywhere, got {names}"
+    if reason := refuse_dtypes({"queries": dtype, "keys": kv_dtype}, ("bfloat16", "float16")):
+        return reason
     if head_dim not in HEAD_DIMS:
         return f"needs head_dim {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
     if block_size != ROW:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import refuse_unless_hopper
+from pallas_kernels.dispatch import refuse_dtypes, refuse_unless_hopper
 
 WIDTHS = (64, 128, 256, 512)
 PAGES = 64  # of a tile
@@ -108,9 +108,8 @@ def refuse(
     """Return why the kernel cannot serve, or ``None``."""
     if reason := refuse_unless_hopper(platform, capability):
         return reason
-    if dtype not in (jnp.bfloat16, jnp.float16) or summary_dtype != dtype:
-        names = f"{jnp.dtype(dtype).name} queries and {jnp.dtype(summary_dtype).name} summaries"
-        return f"needs bfloat16 or float16 everywhere, got {names}"
+    if reason := refuse_dtypes({"queries": dtype, "summaries": summary_dtype}, ("bfloat16", "float16")):
+        return reason
     if head_dim % 64 or width not in WIDTHS:
         return f"needs summaries of {', '.join(map(str, WIDTHS))} numbers and head_dim a multiple of 64, got {width}"
     if num_pages % 8:

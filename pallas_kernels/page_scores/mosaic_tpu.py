@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.mosaic_tpu import paired, split_pair
+from pallas_kernels.dispatch import refuse_dtypes
 
 LANES = 128
 MAX_ROWS = 128
@@ -39,9 +40,8 @@ def refuse(
     """Return why the kernel cannot serve, or ``None``."""
     if platform != "tpu":
         return f"needs a TPU, got platform {platform!r}"
-    if dtype not in (jnp.bfloat16, jnp.float32) or summary_dtype != dtype:
-        names = f"{jnp.dtype(dtype).name} queries and {jnp.dtype(summary_dtype).name} summaries"
-        return f"needs bfloat16 or float32 everywhere, got {names}"
+    if reason := refuse_dtypes({"queries": dtype, "summaries": summary_dtype}, ("bfloat16", "float32")):
+        return reason
     if reduce == "vote":
         return "reduces by max or sum; a vote needs every page before it can score one"
     if width != 64 and width % LANES:

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.dispatch import refuse_dtypes
 from pallas_kernels.readout.reference import Readout, merge, refuse_rows
 
 NEEDED_JAX = (0, 11, 2)
@@ -80,9 +81,8 @@ def refuse(
         return f"needs jax {'.'.join(map(str, NEEDED_JAX))} or newer, got {jax.__version__}"
     if capability != "9.0":
         return f"needs a Hopper GPU (compute capability 9.0), got {capability}"
-    if dtype not in (jnp.bfloat16, jnp.float16) or weights_dtype != dtype:
-        names = f"{jnp.dtype(dtype).name} states and {jnp.dtype(weights_dtype).name} weights"
-        return f"needs bfloat16 or float16 everywhere, got {names}"
+    if reason := refuse_dtypes({"states": dtype, "weights": weights_dtype}, ("bfloat16", "float16")):
+        return reason
     if d_model % 64:
         return f"needs d_model to be a multiple of 64, got {d_model}"
     multiple = 64 if transposed else 8

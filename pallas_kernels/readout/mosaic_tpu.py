@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dispatch import refuse_dtypes
 from pallas_kernels.readout.reference import Readout, merge, refuse_rows
 
 BLOCK_BYTES = 4 * 2**20  # of weights; two blocks are in VMEM at a time, of 16 MiB that a kernel gets by default
@@ -28,9 +29,8 @@ def refuse(
     """Return why the kernel cannot serve on a TPU, or ``None``."""
     if reason := refuse_rows(rows):
         return reason
-    if dtype not in (jnp.bfloat16, jnp.float32) or weights_dtype != dtype:
-        names = f"{jnp.dtype(dtype).name} states and {jnp.dtype(weights_dtype).name} weights"
-        return f"needs bfloat16 or float32 everywhere, got {names}"
+    if reason := refuse_dtypes({"states": dtype, "weights": weights_dtype}, ("bfloat16", "float32")):
+        return reason
     most = BLOCK_BYTES // (LANES * jnp.dtype(dtype).itemsize)
     if d_model % LANES or d_model > most:
         return f"needs d_model to be a multiple of {LANES} up to {most}, got {d_model}"

@@ -7,12 +7,11 @@ square between them, ``sum_s q[i * stride + stride - 1 - s] . k[j * stride + s]`
 features, and ``stride`` times fewer products than there are pairs of tokens.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, capability, choose, platform
+from pallas_kernels.block_sparse_attention import facts
+from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.strided_scores import reference
 
 STRIDED_SCORES = (Implementation(name="xla", refuse=reference.refuse, run=reference.strided_scores),)
@@ -57,7 +56,7 @@ def strided_scores(
     head keys of its own and rounds probabilities to the dtype of the queries, where these are float32.
     """
     check(q_BTNH, k_BSKH, stride, block_size, offset, lengths_B)
-    about = facts(q_BTNH, k_BSKH, stride, block_size)
+    about = facts(q_BTNH, k_BSKH) | {"stride": stride, "block_size": block_size}
     chosen = choose("strided_scores", STRIDED_SCORES, implementation, **about)
     offset = jnp.asarray(offset, jnp.int32)
     ends_B = jnp.full(q_BTNH.shape[0], offset + q_BTNH.shape[1], jnp.int32)
@@ -65,23 +64,6 @@ def strided_scores(
         ends_B = jnp.minimum(ends_B, lengths_B.astype(jnp.int32))
     scale = q_BTNH.shape[3] ** -0.5 / stride if scale is None else scale
     return chosen.run(q_BTNH, k_BSKH, offset, ends_B, stride=stride, block_size=block_size, scale=scale)
-
-
-def facts(q_BTNH: jax.Array, k_BSKH: jax.Array, stride: int, block_size: int) -> dict[str, Any]:
-    """Return what implementations look at to say whether they can serve."""
-    return {
-        "platform": platform(),
-        "capability": capability(),
-        "dtype": q_BTNH.dtype,
-        "kv_dtype": k_BSKH.dtype,
-        "head_dim": q_BTNH.shape[3],
-        "num_queries": q_BTNH.shape[1],
-        "num_keys": k_BSKH.shape[1],
-        "num_heads": q_BTNH.shape[2],
-        "num_kv": k_BSKH.shape[2],
-        "stride": stride,
-        "block_size": block_size,
-    }
 
 
 def check(

@@ -12,16 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import strided_scores
-
-
-def draw(seed, tokens, heads, kv, dim):
-    """Queries and keys with a few themes, so that some blocks matter more than others."""
-    rng = np.random.default_rng(seed)
-    themes = rng.normal(size=(6, dim))
-    follow = np.repeat(rng.integers(6, size=(-(-tokens // 64), 2)), 64, axis=0)[:tokens]
-    k = rng.normal(size=(tokens, kv, dim)) + 1.5 * themes[follow[:, 0]][:, None]
-    q = rng.normal(size=(tokens, heads, dim)) + themes[follow[:, 1]][:, None] * rng.uniform(0.5, 2, size=(1, heads, 1))
-    return q.astype(np.float32), k.astype(np.float32)
+from tests.sparsity.conftest import draw
 
 
 def score_numpy(q, k, *, stride, block_size, offset, ends):
