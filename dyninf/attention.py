@@ -225,10 +225,14 @@ def _attend_selected(
             f"expected a chunk of a multiple of {selected.index.block_size} tokens, the blocks of "
             f"{type(sparsity).__name__}, got {q_BTNH.shape[1]}"
         )
+    if offset is not None and selected.order is not None:
+        raise NotImplementedError(
+            f"expected prompts that are read at once for {type(sparsity).__name__}, which takes tokens in its own "
+            "order; leave the chunk out"
+        )
     window, sinks = _within(window, selected, k_BSKH.shape[1])
-    return block_sparse_attention(
-        q_BTNH, k_BSKH, v_BSKH, selected.index, lengths_B, offset=first, window=window, sinks=sinks
-    )
+    about = {"offset": first, "window": window, "sinks": sinks, "order_BNT": selected.order}
+    return block_sparse_attention(q_BTNH, k_BSKH, v_BSKH, selected.index, lengths_B, **about)
 
 
 def _within(window: int | None, selected: Selected, num_keys: int) -> tuple[int | None, int]:

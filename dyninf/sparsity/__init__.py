@@ -9,6 +9,8 @@ from dyninf.sparsity.base import SparsityPolicy as SparsityPolicy
 from dyninf.sparsity.density import Density as Density
 from dyninf.sparsity.density import density as density
 from dyninf.sparsity.flex_prefill import FlexPrefill as FlexPrefill
+from dyninf.sparsity.modality import ByModality as ByModality
+from dyninf.sparsity.modality import Grid as Grid
 from dyninf.sparsity.pattern_search import default_candidates as default_candidates
 from dyninf.sparsity.pattern_search import kept_mass as kept_mass
 from dyninf.sparsity.pattern_search import search_patterns as search_patterns

@@ -42,12 +42,15 @@ class Selected:
         sinks: first positions that are seen whatever the window.
         wanted: blocks that the rule asked for ``[B, N, R]``; more than ``index.counts`` where the budget cut it short.
             ``None`` for rules that never ask for more.
+        order: positions of a whole prompt ``[B, N, T]``, int32, in the order in which rows and blocks take its tokens;
+            ``None`` for the order of the text.
     """
 
     index: BlockIndex
     window: int | None = None
     sinks: int = 0
     wanted: jax.Array | None = None
+    order: jax.Array | None = None
 
 
 class SparsityPolicy:

@@ -79,6 +79,7 @@ def refuse(
     num_keys: int,
     block_size: int | None = None,
     masked: bool = False,
+    ordered: bool = False,
     **_: Any,
 ) -> str | None:
     """Return why the kernel cannot serve, or ``None``."""
@@ -95,6 +96,8 @@ def refuse(
         return f"needs fewer than {FAR} keys, got {num_keys}"
     if masked:
         return "takes lengths and a window only, not a mask of keys"
+    if ordered:
+        return "takes tokens in the order of the text only"
     return None
 
 
