@@ -100,6 +100,8 @@ class PerHead(SparsityPolicy):
         if len(sizes) > 1:
             raise ValueError(f"expected patterns of one block_size for PerHead, got {sorted(sizes)}")
         for pattern in self.patterns:
+            if pattern.stages:
+                raise ValueError(f"expected patterns that drop no tokens for PerHead, got {pattern!r}")
             pattern.validate(num_layers, num_heads)
 
 
