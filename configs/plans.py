@@ -41,7 +41,7 @@ from dyninf.kv import (
     pyramid_budgets,
 )
 from dyninf.plan import Plan
-from dyninf.sparsity import AShape, PowerAttention, TriShape
+from dyninf.sparsity import AShape, LazyLLM, PowerAttention, TriShape
 
 
 def plans(num_layers: int) -> dict[str, Plan]:
@@ -57,6 +57,7 @@ def plans(num_layers: int) -> dict[str, Plan]:
     # Asking costs about as much as a layer or two, so exits are considered at every eighth of the depth only.
     stride = max(1, num_layers // 8)
     confidence = Confidence(threshold=0.9)
+    drops = tuple(share * num_layers // 10 for share in (3, 6, 9))
     asked, cap = tuple(share * num_layers // 8 for share in (3, 4, 5)), 3 * num_layers // 4
     # Solved by "dyninf calibrate --mean 0.55 --peak 12 --exits 6,8,10,12" on the shipped model's held-out text.
     solved = dict(zip(asked, (0.877, 0.592, 0.320), strict=True))
@@ -162,4 +163,6 @@ def plans(num_layers: int) -> dict[str, Plan]:
         "sparse_tri_shape": Plan(sparsity=TriShape(window=512)),
         # Half of the paper's unit and two of them near, as five units of 256 are most of the shipped model's context.
         "sparse_power": Plan(sparsity=PowerAttention(window=2, unit=128)),
+        # The paper's seven tenths after 30, 60 and 90 % of the layers, of the shipped model's context of 2048 tokens.
+        "sparse_lazy": Plan(sparsity=LazyLLM(layers=drops, budgets=(1434, 1003, 702))),
     }

@@ -42,12 +42,22 @@ def attend_prompt(
     evict: TopK | KeepAll = KEEP_ALL,
     select: TopK | ReadAll = READ_ALL,
     sparsity: SparsityPolicy = DENSE,
+    positions_BT: jax.Array | None = None,
 ) -> LayerAttend:
-    """Attend among the T tokens of a prompt and store their keys and values, or what is kept, in an empty cache."""
+    """Attend among the T tokens of a prompt and store their keys and values, or what is kept, in an empty cache.
+
+    Args:
+        lengths_B: how many of the tokens at hand exist.
+        positions_BT: where the tokens stand in their prompts, ascending, if some were dropped; ``None`` for 0 to T - 1.
+    """
 
     def for_layer(cache: LayerCache | None, active_BT: jax.Array, layer: int | None = None) -> Attend:
         def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None):
+            if positions_BT is not None:
+                _refuse_narrow(window, cache.k.shape[1])
             o_BTNH = _attend_selected(sparsity, layer, q_BTNH, k_BTKH, v_BTKH, lengths_B, window=window)
+            if positions_BT is not None:
+                return o_BTNH, write(cache, k_BTKH, v_BTKH, slots_of(cache, positions_BT, active_BT))
             if isinstance(cache, OwnCache):
                 _refuse_window(window)
                 return o_BTNH, cache.fill(k_BTKH, v_BTKH, lengths_B, select)
@@ -225,10 +235,14 @@ def _attend_selected(
             f"expected a chunk of a multiple of {selected.index.block_size} tokens, the blocks of "
             f"{type(sparsity).__name__}, got {q_BTNH.shape[1]}"
         )
+    if offset is not None and selected.order is not None:
+        raise NotImplementedError(
+            f"expected prompts that are read at once for {type(sparsity).__name__}, which takes tokens in its own "
+            "order; leave the chunk out"
+        )
     window, sinks = _within(window, selected, k_BSKH.shape[1])
-    return block_sparse_attention(
-        q_BTNH, k_BSKH, v_BSKH, selected.index, lengths_B, offset=first, window=window, sinks=sinks
-    )
+    about = {"offset": first, "window": window, "sinks": sinks, "order_BNT": selected.order}
+    return block_sparse_attention(q_BTNH, k_BSKH, v_BSKH, selected.index, lengths_B, **about)
 
 
 def _within(window: int | None, selected: Selected, num_keys: int) -> tuple[int | None, int]:
@@ -241,6 +255,15 @@ def _within(window: int | None, selected: Selected, num_keys: int) -> tuple[int 
         f"expected layers of full attention, or of a window of at most {selected.window} tokens, for a sparsity policy "
         f"with sinks beside that window, got a layer with a window of {window}, which would hide them"
     )
+
+
+def _refuse_narrow(window: int | None, num_slots: int) -> None:
+    """Refuse a window that dropped tokens would widen, since keys are counted to see how far away they are."""
+    if window is not None and window < num_slots:
+        raise NotImplementedError(
+            f"expected full attention in layers above dropped tokens, got a window of {window} tokens; drop them above "
+            "the last such layer"
+        )
 
 
 def _refuse_window(window: int | None) -> None:

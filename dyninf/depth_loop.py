@@ -136,10 +136,17 @@ def run_static(
     policy: DepthPolicy,
     state: Any,
     kept: tuple[int, ...],
+    *,
+    span: tuple[int, int] | None = None,
 ) -> LayersOut:
-    """Run exactly the layers ``kept``; the driver ``unrolled``."""
+    """Run exactly the layers ``kept``; the driver ``unrolled``.
+
+    Args:
+        span: ``[start, stop)`` of the layers that are looked at; ``None`` for all that prompts run.
+    """
     caches, prev_BTD = list(caches), x_BTD
-    for index in range(max(policy.prefill_layers(len(layers))) + 1):
+    span = (0, max(policy.prefill_layers(len(layers))) + 1) if span is None else span
+    for index in range(*span):
         entered_BTD, caches[index] = x_BTD, lend(caches[:index], caches[index])
         if index in kept:
             attend = run.attend(caches[index], run.live_BT, index)
@@ -148,12 +155,13 @@ def run_static(
             obs = observe(run, len(layers), index, x_BTD, prev_BTD)
             x_BTD = take_skip_state(policy, state, obs, run.live_BT, x_BTD)
         prev_BTD = entered_BTD
+    num_run = sum(index in kept for index in range(*span))
     return LayersOut(
         x_BTD=x_BTD,
         caches=tuple(caches),
         state=state,
-        needed_BT=run.live_BT.astype(jnp.int32) * len(kept),
-        run=jnp.int32(len(kept)),
+        needed_BT=run.live_BT.astype(jnp.int32) * num_run,
+        run=jnp.int32(num_run),
     )
 
 

@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from dyninf.attention import attend_uncached
-from dyninf.cache import CacheSpec
+from dyninf.cache import CacheSpec, init_cache
 from dyninf.catch_up import force_catch_up
+from dyninf.decode_state import cache_layout
 from dyninf.depth_loop import Driver, check_driver, run_layers, run_static
 from dyninf.generate import advance_step, prefill
 from dyninf.kv.base import KeepAll, ReadAll
 from dyninf.layer_run import LayerRun
 from dyninf.model import CausalLM, readout_of
 from dyninf.plan import Plan, catches_up, check, leaves_gaps, propagates
+from dyninf.prompt_run import run_prompt
 from dyninf.pytree import pytree
 from dyninf.sparsity.base import Dense
 
@@ -45,8 +47,8 @@ def forward(
 ) -> Forward:
     """Return what the plan predicts after every token of ``tokens``.
 
-    Costs every layer for every token, whatever the plan saves while decoding, and a plan that evicts or selects a
-    decode step for every token after the prompt: this measures quality, not speed.
+    Costs every layer for every token, whatever the plan saves while decoding, and a plan that evicts, selects or
+    drops tokens a decode step for every token after the prompt: this measures quality, not speed.
 
     Args:
         tokens: ``int32 [B, T]``, right-padded.
@@ -56,12 +58,13 @@ def forward(
             plan's prompts are sparse.
 
     Returns:
-        Entries at padding are meaningless.
+        Entries at padding are meaningless. Where the plan drops tokens of a prompt, those before its last token are of
+        a prompt that keeps all.
 
     Raises:
         ValueError: if the plan does not fit the model, its prompt runs other layers than ``unrolled`` would,
-            another driver than ``masked`` is asked for a plan that catches up, evicts or selects, or ``scan`` for one
-            whose prompts are sparse.
+            another driver than ``masked`` is asked for a plan that catches up, evicts, selects or drops tokens, or
+            ``scan`` for one whose prompts are sparse, or a plan that drops tokens is not told where prompts end.
     """
     plan = Plan() if plan is None else plan
     check(plan, model)
@@ -70,15 +73,22 @@ def forward(
     sparse = not isinstance(plan.sparsity, Dense)
     if sparse and driver == "scan":
         raise ValueError("expected another driver than 'scan' for a sparsity policy, which asks for layers by number")
+    if prompt_lengths is None and plan.sparsity.stages:
+        raise ValueError(
+            f"expected prompt_lengths for {type(plan.sparsity).__name__}: what it drops of a prompt depends on where "
+            "that ends"
+        )
     if prompt_lengths is None:
         prompt_lengths = lengths if sparse else jnp.ones(batch, jnp.int32)
     positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
     live_BT = positions_BT < lengths[:, None]
     step_BT = positions_BT - prompt_lengths[:, None]
     depth, num_layers = plan.depth, len(model.layers)
-    if plan.evict != KeepAll() or plan.select != ReadAll():
+    if plan.evict != KeepAll() or plan.select != ReadAll() or plan.sparsity.stages:
         if driver != "masked":
-            raise ValueError(f"expected driver 'masked' for a text under a plan that evicts or selects, got {driver!r}")
+            raise ValueError(
+                f"expected driver 'masked' for a text under a plan that evicts, selects or drops tokens, got {driver!r}"
+            )
         return _forward_by_steps(model, tokens, plan, lengths, prompt_lengths)
     run = LayerRun(
         positions_BT=positions_BT,
@@ -117,10 +127,18 @@ def _forward_by_steps(model, tokens_BT, plan, lengths_B, prompt_lengths_B) -> Fo
     batch, length = tokens_BT.shape
     # Nothing is evicted before a prompt has been attended to, and a prompt reads everything.
     kept = dataclasses.replace(plan, evict=KeepAll(), select=ReadAll())
+    kept = dataclasses.replace(kept, sparsity=Dense()) if plan.sparsity.stages else kept
     out = forward(model, tokens_BT, kept, lengths=prompt_lengths_B, prompt_lengths=prompt_lengths_B)
     spec = CacheSpec(capacity=length, generated=length)
-    _, state = prefill(model, tokens_BT, prompt_lengths_B, plan, spec, jax.random.key(0))
+    logits_BV, state = prefill(model, tokens_BT, prompt_lengths_B, plan, spec, jax.random.key(0))
     rows = jnp.arange(batch)
+    if plan.sparsity.stages:
+        cache = init_cache(model, batch, spec, **cache_layout(plan, model, batch, length, spec))
+        last_B1D, _ = run_prompt(model, tokens_BT, prompt_lengths_B, plan, cache, None)
+        at = rows, prompt_lengths_B - 1
+        states = out.states.at[at].set(last_B1D[:, 0])
+        logits = out.logits.at[at].set(logits_BV.astype(out.logits.dtype))
+        out = dataclasses.replace(out, states=states, logits=logits)
 
     def body(carry, offset):
         state, out = carry

@@ -53,7 +53,8 @@ def refuse_indexed(plan: Plan, num_layers: int) -> str | None:
     if plan.select != ReadAll():
         return "its layers read every slot and keep no summaries of pages"
     if leaves_gaps(plan) or catches_up(plan, num_layers):
-        return f"it stores keys and values of every token in every layer, which fill={plan.fill!r} does not"
+        lacking = type(plan.sparsity).__name__ if plan.sparsity.stages else f"fill={plan.fill!r}"
+        return f"it stores keys and values of every token in every layer, which {lacking} does not"
     return None
 
 

@@ -25,7 +25,7 @@ class Plan:
     This version accepts the identity element of ``draft`` only, which marks where self-speculation plugs in.
 
     Args:
-        sparsity: which blocks the tokens of a prompt attend to.
+        sparsity: which blocks the tokens of a prompt attend to, and which tokens run which layers.
         evict: what the cache keeps.
         select: what a decode step reads of it.
         depth: which layers a token runs.
@@ -51,7 +51,7 @@ class Plan:
 
 def leaves_gaps(plan: Plan) -> bool:
     """Return whether layers that do not run leave cache slots empty that later tokens would otherwise read."""
-    return plan.fill == "mask" and not plan.depth.nested
+    return bool(plan.sparsity.stages) or (plan.fill == "mask" and not plan.depth.nested)
 
 
 def propagates(plan: Plan) -> bool:
@@ -103,11 +103,32 @@ def check(plan: Plan, model: CausalLM) -> None:
         raise ValueError(
             f"expected model.layers to be a sequence, got {type(model.layers).__name__}; unstack the layers"
         )
-    _check_cache(plan, len(model.layers))
-    plan.depth.validate(len(model.layers))
     if not isinstance(plan.sparsity, Dense):
         plan.sparsity.validate(len(model.layers), query_shape(model).shape[2])
+    _check_stages(plan, len(model.layers))
+    _check_cache(plan, len(model.layers))
+    plan.depth.validate(len(model.layers))
     plan.sampler.validate()
+
+
+def _check_stages(plan: Plan, num_layers: int) -> None:
+    """Raise if tokens of a prompt cannot be dropped together with the rest of the plan."""
+    if not plan.sparsity.stages:
+        return
+    dropping = f"for {type(plan.sparsity).__name__}, which drops tokens"
+    if plan.evict != KeepAll() or plan.select != ReadAll():
+        raise NotImplementedError(
+            f"expected evict=KeepAll() and select=ReadAll() {dropping}, got {plan.evict!r} and {plan.select!r}"
+        )
+    if plan.fill == "catch_up":
+        raise NotImplementedError(f"expected fill='propagate' or 'mask' {dropping}, got 'catch_up'")
+    kept = plan.depth.prefill_layers(num_layers)
+    for layer, _ in plan.sparsity.stages:
+        if layer <= max(kept) and layer - 1 not in kept:
+            raise ValueError(
+                f"expected prompts to run layer {layer - 1}, which says what is dropped before layer {layer}, got "
+                f"{plan.depth}, under which they do not; move the stage"
+            )
 
 
 def _check_cache(plan: Plan, num_layers: int) -> None:

@@ -32,7 +32,7 @@ from dyninf.depth import (
     every,
 )
 from dyninf.kv import PageScorer, ShadowKV, SnapKV, TopK
-from dyninf.sparsity import AShape, Dense, PowerAttention, TriShape
+from dyninf.sparsity import AShape, Dense, LazyLLM, PowerAttention, TriShape
 
 L, V, B, T, STEPS = 6, 61, 3, 7, 6
 LENGTHS = np.array([7, 4, 5])
@@ -42,7 +42,7 @@ NAMES = sorted(PLANS)
 STATIC = {name for name in NAMES if PLANS[name].depth.static_layers(L) is not None}
 # Differ from a plan beside them by how they score or when they do: held to the laws in slow runs.
 ALIKE = {"decay_linear", "exit_budget", "exit_calm", "exit_entropy", "exit_margin", "exit_mue", "evict_hash"}
-ALIKE |= {"evict_recent", "select_reused", "sparse_power", "sparse_tri_shape"}
+ALIKE |= {"evict_recent", "select_reused", "sparse_lazy", "sparse_power", "sparse_tri_shape"}
 ALIKE |= {f"select_{scorer}" for scorer in ("act_qkv", "long", "mp_cache", "page_mean", "retrieval", "votes")}
 ALIKE |= {f"evict_{scorer}" for scorer in ("critic", "expected", "key_norm", "look_once", "snap_kv", "tova")}
 ALONE = ("decay_power", "dense", "exit_catch_up", "exit_confidence_masked", "exit_first_of")  # one of each kind
@@ -52,8 +52,9 @@ FEW = {
     AShape: {"sinks": 1, "window": 2, "block_size": 1},
     TriShape: {"sinks": 1, "window": 2, "block_size": 1, "last": 1},
 }
-FEW |= {PowerAttention: {"window": 1, "unit": 1, "block_size": 1}}
+FEW |= {PowerAttention: {"window": 1, "unit": 1, "block_size": 1}, LazyLLM: {"budgets": (5, 3, 2)}}
 ALL = {AShape: {"window": T}, TriShape: {"window": T}, PowerAttention: {"window": T}}
+ALL |= {LazyLLM: {"budgets": (T,) * 3}}
 DRIVERS = ("segments", "masked", "scan")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits reach 30; the same sums in another order
 

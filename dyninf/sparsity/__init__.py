@@ -1,4 +1,4 @@
-"""Sparse prefill policies: which blocks of keys each block of a prompt's queries attends to."""
+"""Sparse prefill policies: which blocks of keys each block of a prompt's queries attends to, or which tokens stay."""
 
 from dyninf.sparsity.a_shape import AShape as AShape
 from dyninf.sparsity.a_shape import TriShape as TriShape
@@ -9,6 +9,9 @@ from dyninf.sparsity.base import SparsityPolicy as SparsityPolicy
 from dyninf.sparsity.density import Density as Density
 from dyninf.sparsity.density import density as density
 from dyninf.sparsity.flex_prefill import FlexPrefill as FlexPrefill
+from dyninf.sparsity.lazy_llm import LazyLLM as LazyLLM
+from dyninf.sparsity.modality import ByModality as ByModality
+from dyninf.sparsity.modality import Grid as Grid
 from dyninf.sparsity.pattern_search import default_candidates as default_candidates
 from dyninf.sparsity.pattern_search import kept_mass as kept_mass
 from dyninf.sparsity.pattern_search import search_patterns as search_patterns

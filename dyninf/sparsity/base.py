@@ -2,10 +2,12 @@
 
 A method is one :class:`SparsityPolicy`: before a layer attends among the tokens of a prompt it sees their queries and
 keys, and names blocks by a static budget. What it decides with (pooled scores, the attention of the last queries) is
-its own affair; the attention itself is one kernel for all of them (:func:`pallas_kernels.block_sparse_attention`).
+its own affair; the attention itself is one kernel for all of them (:func:`pallas_kernels.block_sparse_attention`). A
+method may also drop tokens on the way up (``stages``): the layers above run on the others alone.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 
@@ -42,20 +44,36 @@ class Selected:
         sinks: first positions that are seen whatever the window.
         wanted: blocks that the rule asked for ``[B, N, R]``; more than ``index.counts`` where the budget cut it short.
             ``None`` for rules that never ask for more.
+        order: positions of a whole prompt ``[B, N, T]``, int32, in the order in which rows and blocks take its tokens;
+            ``None`` for the order of the text.
     """
 
     index: BlockIndex
     window: int | None = None
     sinks: int = 0
     wanted: jax.Array | None = None
+    order: jax.Array | None = None
 
 
 class SparsityPolicy:
-    """Base of sparse prefill policies; its answer is to attend to everything."""
+    """Base of sparse prefill policies; its answers are to attend to everything and to drop no token.
+
+    Attributes:
+        stages: layers before which tokens of a prompt are dropped, ascending, and how many stay ``(layer, tokens)``.
+    """
+
+    stages: ClassVar[tuple[tuple[int, int], ...]] = ()
 
     def select(self, obs: PromptObs) -> Selected | None:
         """Return the blocks of each row, ``None`` to attend to all of them in this layer."""
         return None
+
+    def worth(self, obs: PromptObs) -> jax.Array:
+        """Return what the tokens at hand are worth ``[B, T]``, asked in the last layer before a stage.
+
+        Positions of ``obs`` count the tokens that are left. The last token of a prompt stays whatever it is worth.
+        """
+        raise NotImplementedError(f"expected {type(self).__name__} to define worth, since it has stages")
 
     def validate(self, num_layers: int, num_heads: int) -> None:
         """Raise ValueError if the policy does not fit a model."""

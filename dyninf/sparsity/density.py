@@ -24,7 +24,12 @@ def density(selected: Selected, obs: PromptObs) -> Density:
     """Return what is attended to of what a dense layer attends to, counted in blocks.
 
     Rows of padding are left out; a sequence without others gives zeros. A window inside of the blocks is not counted.
+
+    Raises:
+        NotImplementedError: if the blocks are not of the text in its order.
     """
+    if selected.order is not None:
+        raise NotImplementedError("expected blocks of the text in its order, got others; count index.counts instead")
     index, num_keys = selected.index, obs.k_BSKH.shape[1]
     first_R = obs.offset + jnp.arange(index.counts.shape[2]) * index.block_size
     lengths_B = jnp.full(obs.k_BSKH.shape[0], num_keys) if obs.lengths_B is None else obs.lengths_B

@@ -98,6 +98,8 @@ def kept_mass(obs: PromptObs, policies: Sequence[SparsityPolicy], start: jax.Arr
         if selected is None:
             kept.append(jnp.ones(obs.q_BTNH.shape[2], jnp.float32))
             continue
+        if selected.order is not None:
+            raise NotImplementedError(f"expected candidates that read blocks of the text, got {policy!r}; leave it out")
         size = selected.index.block_size
         if size not in masses_BNRC:
             masses_BNRC[size] = _row_masses(obs, size, start)

@@ -76,7 +76,12 @@ class PerHead(SparsityPolicy):
         wanted = None
         if any(selected.wanted is not None for selected in found):
             wanted = join(lambda selected: selected.index.counts if selected.wanted is None else selected.wanted)
-        return Selected(index=index, window=window, sinks=sinks, wanted=wanted)
+        order = None
+        if any(selected.order is not None for selected in found):
+            batch, length, num_heads, _ = obs.q_BTNH.shape
+            text_BNT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, num_heads, length))
+            order = join(lambda selected: text_BNT if selected.order is None else selected.order)
+        return Selected(index=index, window=window, sinks=sinks, wanted=wanted, order=order)
 
     def validate(self, num_layers: int, num_heads: int) -> None:
         """Raise ValueError if heads and patterns do not fit each other or the model."""
@@ -95,6 +100,8 @@ class PerHead(SparsityPolicy):
         if len(sizes) > 1:
             raise ValueError(f"expected patterns of one block_size for PerHead, got {sorted(sizes)}")
         for pattern in self.patterns:
+            if pattern.stages:
+                raise ValueError(f"expected patterns that drop no tokens for PerHead, got {pattern!r}")
             pattern.validate(num_layers, num_heads)
 
 

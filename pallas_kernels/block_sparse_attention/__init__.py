@@ -31,6 +31,7 @@ def block_sparse_attention(
     offset: jax.Array | int = 0,
     window: int | None = None,
     sinks: int = 0,
+    order_BNT: jax.Array | None = None,
     with_lse: bool = False,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -46,6 +47,9 @@ def block_sparse_attention(
         window: of the blocks that are named, see only keys of the last ``window`` positions (the query's own
             included), and sinks.
         sinks: first positions that are seen whatever the window.
+        order_BNT: of a whole prompt, its positions in the order in which rows and blocks of each query head take them,
+            int32, every position once; ``None`` for the order of the text. Who sees whom stays a matter of positions,
+            and the output is in the order of the text.
         with_lse: also return the logarithms of the sums of exponentials.
         implementation: ``"mosaic_gpu"``, ``"mosaic_tpu"`` or ``"xla"``; ``None`` takes the fastest that can serve.
 
@@ -54,13 +58,17 @@ def block_sparse_attention(
         -inf where a query sees nothing.
 
     Raises:
-        ValueError: if shapes do not match, or a window, sinks or a static offset is out of range.
+        ValueError: if shapes do not match, or a window, sinks or a static offset is out of range, or an order is given
+            for a part of a prompt.
         NotImplementedError: if the requested implementation cannot serve.
     """
     check(q_BTNH, k_BSKH, v_BSKH, lengths_B, offset, window, sinks)
     check_blocks(index, batch=q_BTNH.shape[0], num_heads=q_BTNH.shape[2], num_queries=q_BTNH.shape[1])
     options = {"offset": jnp.asarray(offset, jnp.int32), "window": window, "sinks": sinks, "with_lse": with_lse}
-    about = facts(q_BTNH, k_BSKH) | {"block_size": index.block_size}
+    about = facts(q_BTNH, k_BSKH) | {"block_size": index.block_size, "ordered": order_BNT is not None}
+    if order_BNT is not None:
+        _check_order(q_BTNH, k_BSKH, offset, order_BNT)
+        options["order_BNT"] = order_BNT
     chosen = choose("block_sparse_attention", BLOCK_SPARSE, implementation, **about)
     return chosen.run(q_BTNH, k_BSKH, v_BSKH, index, lengths_B, **options)
 
@@ -92,6 +100,18 @@ def check(
         raise ValueError(f"expected sinks to be a whole number of at least 0 tokens, got {sinks!r}")
     if sinks and window is None:
         raise ValueError(f"expected a window beside {sinks=}; without one every key is seen anyway")
+
+
+def _check_order(q_BTNH: jax.Array, k_BSKH: jax.Array, offset: jax.Array | int, order_BNT: jax.Array) -> None:
+    """Raise ValueError unless an order fits queries of a whole prompt."""
+    batch, length, num_heads, _ = q_BTNH.shape
+    if k_BSKH.shape[1] != length or not isinstance(offset, int) or offset:
+        raise ValueError(f"expected a whole prompt for an order, got {length} queries of {k_BSKH.shape[1]} keys")
+    if order_BNT.shape != (batch, num_heads, length) or order_BNT.dtype != "int32":
+        raise ValueError(
+            f"expected an order [B, N, T] = {(batch, num_heads, length)} of int32, got {order_BNT.shape} of "
+            f"{order_BNT.dtype}"
+        )
 
 
 def facts(q_BTNH: jax.Array, k_BSKH: jax.Array) -> dict[str, Any]:

@@ -102,6 +102,7 @@ def refuse(
     head_dim: int,
     block_size: int = ROW,
     masked: bool = False,
+    ordered: bool = False,
     **_: Any,
 ) -> str | None:
     """Return why the kernel cannot serve, or ``None``."""
@@ -115,6 +116,8 @@ def refuse(
         return f"needs blocks of {ROW} tokens, got {block_size}"
     if masked:
         return "takes lengths, a window and an index only, not a mask of tokens"
+    if ordered:
+        return "takes tokens in the order of the text only"
     return None
 
 

@@ -84,6 +84,7 @@ def refuse(
     num_keys: int,
     block_size: int | None = None,
     masked: bool = False,
+    ordered: bool = False,
     **_: Any,
 ) -> str | None:
     """Return why the kernel cannot serve, or ``None``."""
@@ -100,6 +101,8 @@ def refuse(
         return f"needs at most {MOST_BLOCKS} blocks of keys, got {num_keys} keys in blocks of {size}"
     if masked:
         return "takes lengths and a window only, not a mask of keys"
+    if ordered:
+        return "takes tokens in the order of the text only"
     return None
 
 

@@ -18,10 +18,26 @@ def refuse(**facts: Any) -> str | None:
 
 
 def block_sparse_attention(
-    q_BTNH, k_BSKH, v_BSKH, index: BlockIndex, lengths_B, *, offset, window=None, sinks=0, with_lse=False
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    index: BlockIndex,
+    lengths_B,
+    *,
+    offset,
+    window=None,
+    sinks=0,
+    order_BNT=None,
+    with_lse=False,
 ):
     """See :func:`pallas_kernels.block_sparse_attention.block_sparse_attention`."""
     batch, length, num_heads, dim = q_BTNH.shape
+    if order_BNT is not None:
+        order_BTN = jnp.moveaxis(order_BNT, 1, 2)
+        q_BTNH, k_BSKH, v_BSKH = (
+            jnp.take_along_axis(jnp.repeat(x, num_heads // x.shape[2], axis=2), order_BTN[..., None], axis=1)
+            for x in (q_BTNH, k_BSKH, v_BSKH)
+        )
     size, rows, group = index.block_size, index.counts.shape[2], num_heads // k_BSKH.shape[2]
     padding = ((0, 0), (0, rows * size - length), (0, 0), (0, 0))
     q_RBNXH = jnp.moveaxis(jnp.pad(q_BTNH, padding).reshape(batch, rows, size, num_heads, dim), (1, 3), (0, 2))
@@ -32,6 +48,9 @@ def block_sparse_attention(
         for array in (k_BSKH, v_BSKH)
     )
     num_blocks = k_BNPYH.shape[2]
+    if order_BNT is not None:  # what fills up the last block comes behind all tokens
+        at_BNS = jnp.pad(order_BNT, ((0, 0), (0, 0), (0, rows * size - length)), constant_values=rows * size)
+        at_BNPY = at_BNS.reshape(batch, num_heads, rows, size)
     entries_M = jnp.arange(index.blocks.shape[3])
 
     def attend_row(inputs):
@@ -39,11 +58,16 @@ def block_sparse_attention(
         named_BNM = (entries_M[None, None] < counts_BN[..., None]) & (blocks_BNM >= 0) & (blocks_BNM < num_blocks)
         at_BNM11 = jnp.clip(blocks_BNM, 0, num_blocks - 1)[..., None, None]
         k_BNMYH, v_BNMYH = (jnp.take_along_axis(array, at_BNM11, axis=2) for array in (k_BNPYH, v_BNPYH))
-        keys_BN1MY = (blocks_BNM[..., None] * size + jnp.arange(size)[None, None, None])[:, :, None]
-        queries_X11 = (offset + row * size + jnp.arange(size))[None, None, :, None, None]
-        seen_BNXMY = (keys_BN1MY <= queries_X11) & (keys_BN1MY < lengths_B[:, None, None, None, None])
+        if order_BNT is None:
+            keys_BNMY = blocks_BNM[..., None] * size + jnp.arange(size)[None, None, None]
+            queries_BNX = (offset + row * size + jnp.arange(size))[None, None]
+        else:
+            keys_BNMY = jnp.take_along_axis(at_BNPY, at_BNM11[..., 0], axis=2)
+            queries_BNX = at_BNPY[:, :, row]
+        keys_BN1MY, queries_BNX11 = keys_BNMY[:, :, None], queries_BNX[..., None, None]
+        seen_BNXMY = (keys_BN1MY <= queries_BNX11) & (keys_BN1MY < lengths_B[:, None, None, None, None])
         if window is not None:
-            seen_BNXMY &= (keys_BN1MY > queries_X11 - window) | (keys_BN1MY < sinks)
+            seen_BNXMY &= (keys_BN1MY > queries_BNX11 - window) | (keys_BN1MY < sinks)
         seen_BNXMY &= named_BNM[:, :, None, :, None]
         scores = jnp.einsum("BNXH,BNMYH->BNXMY", q_BNXH, k_BNMYH, preferred_element_type=jnp.float32) * dim**-0.5
         scores = jnp.where(seen_BNXMY, scores, -jnp.inf)
@@ -59,6 +83,9 @@ def block_sparse_attention(
     lists = (jnp.moveaxis(index.counts, 2, 0), jnp.moveaxis(index.blocks, 2, 0))
     o_RBNXH, lse_RBNX = jax.lax.map(attend_row, (jnp.arange(rows), q_RBNXH, *lists))
     o_BTNH = jnp.moveaxis(o_RBNXH, (0, 2), (1, 3)).reshape(batch, rows * size, num_heads, dim)[:, :length]
-    if not with_lse:
-        return o_BTNH
-    return o_BTNH, jnp.moveaxis(lse_RBNX, 0, 2).reshape(batch, num_heads, rows * size)[:, :, :length]
+    lse_BNT = jnp.moveaxis(lse_RBNX, 0, 2).reshape(batch, num_heads, rows * size)[:, :, :length]
+    if order_BNT is not None:
+        back_BNT = jnp.argsort(order_BNT, axis=2)
+        o_BTNH = jnp.take_along_axis(o_BTNH, jnp.moveaxis(back_BNT, 1, 2)[..., None], axis=1)
+        lse_BNT = jnp.take_along_axis(lse_BNT, back_BNT, axis=2)
+    return (o_BTNH, lse_BNT) if with_lse else o_BTNH

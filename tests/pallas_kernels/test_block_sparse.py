@@ -1,23 +1,28 @@
 """Attention of a prompt to the blocks of an index, and the choice of these blocks, against NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import BlockIndex, block_sparse_attention, choose_blocks
+from pallas_kernels.block_sparse_attention import mosaic_gpu, mosaic_tpu
 from pallas_kernels.choose_blocks import topk
+from pallas_kernels.dispatch import MOSAIC_GPU_JAX
 
 
-def attend_numpy(q, k, v, counts, blocks, size, *, lengths, offset, window=None, sinks=0):
+def attend_numpy(q, k, v, counts, blocks, size, *, lengths, offset, window=None, sinks=0, order=None):
     """Attend in float64, key by key; also the logarithms of the sums of exponentials."""
     batch, tokens, heads, dim = q.shape
     group = heads // k.shape[2]
+    place = np.broadcast_to(np.arange(k.shape[1]), (batch, heads, k.shape[1]))
+    place = place if order is None else np.argsort(order, axis=2)
     out, lse = np.zeros(q.shape), np.full((batch, heads, tokens), -np.inf)
     for b, n, t in np.ndindex(batch, heads, tokens):
-        row, position = t // size, offset + t
+        row, position = (place[b, n, t] if order is not None else t) // size, offset + t
         named = blocks[b, n, row, : counts[b, n, row]]
         keys = np.arange(k.shape[1])
-        seen = np.isin(keys // size, named) & (keys <= position) & (keys < lengths[b])
+        seen = np.isin(place[b, n] // size, named) & (keys <= position) & (keys < lengths[b])
         if window is not None:
             seen &= (keys > position - window) | (keys < sinks)
         if not seen.any():
@@ -73,6 +78,35 @@ def test_reference_equals_numpy(rng, name, window):
     np.testing.assert_allclose(out, expected, atol=2e-5)
     np.testing.assert_allclose(lse, sums, atol=2e-5)
     assert np.isneginf(sums[0, 0, 0])
+
+
+@pytest.mark.parametrize("name", ["whole", "padded", "one"])
+@pytest.mark.parametrize("window", [None, 11], ids=["all", "window"])
+def test_an_order_moves_tokens_between_blocks_and_changes_no_position(rng, name, window):
+    (q, k, v), index, about = make_case(rng, **CASES[name])
+    options = {"window": window, "sinks": 0 if window is None else 2}
+    order = rng.permuted(np.broadcast_to(np.arange(q.shape[1]), (2, q.shape[2], q.shape[1])), axis=2)
+    lengths = jnp.asarray(about["lengths"], jnp.int32)
+    given = {"order_BNT": jnp.asarray(order, jnp.int32), "with_lse": True, **options}
+    out, lse = block_sparse_attention(q, k, v, index, lengths, **given)
+    numbers = [np.asarray(x) for x in (q, k, v, index.counts, index.blocks)]
+    expected, sums = attend_numpy(*numbers, index.block_size, **about, **options, order=order)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    np.testing.assert_allclose(lse, sums, atol=2e-5)
+
+
+def test_an_order_of_a_part_of_a_prompt_is_refused(rng):
+    (q, k, v), index, about = make_case(rng, **CASES["chunk"])
+    order = jnp.zeros((2, 3, 16), jnp.int32)
+    with pytest.raises(ValueError, match="a whole prompt for an order, got 16 queries of 45 keys"):
+        block_sparse_attention(q, k, v, index, offset=24, order_BNT=order)
+    with pytest.raises(ValueError, match=r"an order \[B, N, T\] = \(2, 3, 16\) of int32, got \(2, 3, 16\) of float32"):
+        block_sparse_attention(q, k[:, :16], v[:, :16], index, order_BNT=order.astype(float))
+    about = {"platform": "tpu", "dtype": jnp.float32, "kv_dtype": jnp.float32, "head_dim": 128, "num_keys": 64}
+    assert "order of the text" in mosaic_tpu.refuse(**about, ordered=True)
+    about = {"platform": "gpu", "dtype": jnp.bfloat16, "kv_dtype": jnp.bfloat16, "head_dim": 128, "capability": "9.0"}
+    if jax.__version_info__ >= MOSAIC_GPU_JAX:
+        assert "order of the text" in mosaic_gpu.refuse(**about, ordered=True)
 
 
 def test_chosen_by_hand():
