@@ -41,7 +41,16 @@ from dyninf.kv import (
     pyramid_budgets,
 )
 from dyninf.plan import Plan
-from dyninf.sparsity import AShape, PowerAttention, TriShape
+from dyninf.sparsity import (
+    AShape,
+    FlexPrefill,
+    PooledBlocks,
+    PowerAttention,
+    TriShape,
+    VerticalSlash,
+    XAttention,
+    ZipVL,
+)
 
 
 def plans(num_layers: int) -> dict[str, Plan]:
@@ -162,4 +171,16 @@ def plans(num_layers: int) -> dict[str, Plan]:
         "sparse_tri_shape": Plan(sparsity=TriShape(window=512)),
         # Half of the paper's unit and two of them near, as five units of 256 are most of the shipped model's context.
         "sparse_power": Plan(sparsity=PowerAttention(window=2, unit=128)),
+        # Five blocks of 128, the size that kernels take, as many as sparse_a_shape has: the first column, and three
+        # bands beside the diagonal, where the paper has six for a column.
+        "sparse_vertical_slash": Plan(sparsity=VerticalSlash(vertical=1, slash=3)),
+        # The same five, two of them forced.
+        "sparse_pooled_blocks": Plan(sparsity=PooledBlocks(budget=5)),
+        # Where a mass says how many blocks, they may be eight, half of the shipped model's context; ZipVL's budget is
+        # without a row's own.
+        "sparse_zip_vl": Plan(sparsity=ZipVL(budget=7)),
+        # One column and one diagonal at least, as the 1024 tokens of the paper would be the whole budget.
+        "sparse_flex_prefill": Plan(sparsity=FlexPrefill(budget=8, min_budget=1)),
+        # The finer stride of the paper's two.
+        "sparse_x_attention": Plan(sparsity=XAttention(budget=8, stride=8)),
     }
