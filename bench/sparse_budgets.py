@@ -3,20 +3,19 @@
 All policies get one block size, and no layer attends to everything. A share of 1/N of the blocks that dense attention
 has becomes:
 
-- for a pattern that only knows positions (A-shape, tri-shape, power), the widest window whose lists hold no more than
-  the share. Sinks are one block, the last row of a tri-shape is dense and counts, and a unit of power is one block.
-- for a policy that chooses, the largest number of blocks a row that all rows together keep to, those that have fewer
-  before them included (:func:`row_budget`). A row always takes as many as it may: masses are ``None`` or 1.
-- Of these, vertical-slash gives one part of seven beside the diagonal to columns and six to slashes, as its default
-  does; ZipVL's budget is without a row's own block; X-attention's stride is an eighth of a block, as 16 is of 128.
+- for most policies the largest number of blocks a row that all rows together keep to, those that have fewer before them
+  included (:func:`row_budget`). A row takes as many as it may: masses are ``None`` or 1. The last row of a tri-shape is
+  dense and counts; power takes the most nearest blocks beside its powers (:func:`power_window`), of one block each.
+- Of these, A-shape and tri-shape give one to sinks; vertical-slash, beside the diagonal, one part of seven to columns
+  and six to slashes, as its default does. ZipVL's budget is without a row's own block; X-attention's stride is an
+  eighth of a block, as 16 is of 128.
 
-A row of a policy that chooses has at least three blocks, the first one, its own and one to choose; a window reaches at
-least over the block before. What is attended to may be less than the share: early rows have few columns and slashes.
+A row has at least three blocks, the first one, its own and one more (of power, the one before it). What is attended to
+may be less than the share, as early rows have few columns and slashes.
 """
 
 import bisect
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +36,6 @@ from dyninf.sparsity import (
     VerticalSlash,
     XAttention,
     ZipVL,
-    density,
 )
 from dyninf.sparsity.probes import block_attention
 from pallas_kernels import choose_blocks
@@ -80,12 +78,25 @@ def policy_names() -> list[str]:
     return [*(name for name in plans(SHALLOW) if name.startswith(FAMILY)), BEST]
 
 
-def row_budget(blocks: int, denominator: int) -> int:
+def row_budget(blocks: int, denominator: float, dense_rows: int = 0) -> int:
     """Return the most blocks a row so that all ``blocks`` rows together hold at most 1/``denominator`` of the causal
-    ones."""
+    ones, the last ``dense_rows`` holding all of theirs."""
     causal = np.arange(1, blocks + 1)
-    held = [int(np.minimum(causal, budget).sum()) for budget in causal]
+    dense = causal > blocks - dense_rows
+    held = [int(np.where(dense, causal, np.minimum(causal, budget)).sum()) for budget in causal]
     return bisect.bisect_right(held, int(causal.sum()) / denominator)
+
+
+def power_window(blocks: int, denominator: float) -> int:
+    """Return the most nearest blocks so that all ``blocks`` rows of :class:`PowerAttention` together hold at most
+    1/``denominator`` of the causal ones."""
+    powers = [1 << digits for digits in range(blocks.bit_length())]
+
+    def held(window: int) -> int:
+        distances = {*range(window), *(power for power in powers if power >= window)}
+        return sum(len({0, *(row - distance for distance in distances if distance <= row)}) for row in range(blocks))
+
+    return bisect.bisect_right(range(1, blocks + 1), blocks * (blocks + 1) / 2 / denominator, key=held)
 
 
 def with_budget(name: str, denominator: int, *, tokens: int, block_size: int) -> SparsityPolicy:
@@ -96,25 +107,30 @@ def with_budget(name: str, denominator: int, *, tokens: int, block_size: int) ->
     """
     policy = Dense() if name == BEST else plans(SHALLOW)[name].sparsity
     blocks = -(-tokens // block_size)
-    change = lambda **sizes: dataclasses.replace(policy, block_size=block_size, **sizes)  # noqa: E731
-    match policy:
-        case AShape() | TriShape():
-            last = {"last": block_size} if isinstance(policy, TriShape) else {}
-            # Blocks of a window are its own, and those before it that are seen by the first query of a row.
-            make = lambda near: change(sinks=block_size, window=(near - 1) * block_size + 1, **last)  # noqa: E731
-            return _widest(name, make, range(2, blocks + 1), denominator, tokens)
-        case PowerAttention():
-            make = lambda near: change(window=near, unit=block_size, dense_layers=0)  # noqa: E731
-            return _widest(name, make, range(1, blocks + 1), denominator, tokens)
-    budget = row_budget(blocks, denominator)
-    if budget < LEAST:
+    if isinstance(policy, PowerAttention):
+        budget, least = power_window(blocks, denominator), 1
+    else:
+        budget, least = row_budget(blocks, denominator, dense_rows=int(isinstance(policy, TriShape))), LEAST
+    if budget < least:
         raise ValueError(
-            f"expected a budget of at least {LEAST} blocks a row for {name}, got {budget}, 1/{denominator} of {blocks} "
+            f"expected a budget of at least {least} blocks a row for {name}, got {budget}, 1/{denominator} of {blocks} "
             f"rows of {block_size} tokens; take smaller blocks or longer texts"
         )
+    # A window reaches from the first query of a row over the blocks before it that are not sinks.
+    shape = {"sinks": block_size, "window": (budget - 2) * block_size + 1}
+
+    def change(**sizes: object) -> SparsityPolicy:
+        return dataclasses.replace(policy, block_size=block_size, **sizes)
+
     match policy:
         case Dense():
             return BestBlocks(budget=budget, block_size=block_size)
+        case AShape():
+            return change(**shape)
+        case TriShape():
+            return change(**shape, last=block_size)
+        case PowerAttention():
+            return change(window=budget, unit=block_size, dense_layers=0)
         case VerticalSlash():
             vertical = max(1, round((budget - 1) / 7))
             return change(vertical=vertical, slash=budget - 1 - vertical)
@@ -125,24 +141,5 @@ def with_budget(name: str, denominator: int, *, tokens: int, block_size: int) ->
         case FlexPrefill():
             return change(budget=budget, gamma=1.0)
         case XAttention():
-            return change(budget=budget, mass=None, stride=block_size // STRIDED_ROWS)
+            return change(budget=budget, mass=None, stride=max(1, block_size // STRIDED_ROWS))
     raise ValueError(f"expected a policy that bench/sparse_budgets.py has a rule for, got {name}; give it one")
-
-
-def _widest(
-    name: str, make: Callable[[int], SparsityPolicy], widths: range, denominator: int, tokens: int
-) -> SparsityPolicy:
-    """Return the policy of the largest width that holds at most the share of the causal blocks."""
-    nothing = jnp.zeros((1, tokens, 1, 1))
-    obs = PromptObs(layer=0, q_BTNH=nothing, k_BSKH=nothing, lengths_B=None)
-
-    def attended(width: int) -> float:
-        return float(density(make(width).select(obs), obs).attended[0, 0])
-
-    fitting = bisect.bisect_right(widths, 1 / denominator, key=attended)
-    if not fitting:
-        raise ValueError(
-            f"expected a budget of at least {attended(widths[0]):.3f} of the causal blocks for {name}, got "
-            f"1/{denominator}; take smaller blocks or longer texts"
-        )
-    return make(widths[fitting - 1])

@@ -5,6 +5,7 @@ beside it. No error of a layer reaches the next one.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -101,6 +102,7 @@ def exact_layers(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array)
     return jax.tree.map(lambda *layers: jnp.stack(layers), *run_layers(model, tokens_BT, attend))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def exact_planted(tokens: int) -> Exact:
     """Return one layer of planted queries and keys, which attend to neighbours, first tokens and stripes of blocks."""
     q_BTNH, k_BTKH, v_BTKH = planted_inputs(tokens, PLANTED)
