@@ -4,8 +4,8 @@ All policies get one block size, and no layer attends to everything. A share of 
 has becomes:
 
 - for most policies the largest number of blocks a row that all rows together keep to, those that have fewer before them
-  included (:func:`row_budget`). A row takes as many as it may: masses are ``None`` or 1. The last row of a tri-shape is
-  dense and counts; power takes the most nearest blocks beside its powers (:func:`power_window`), of one block each.
+  included (:func:`row_budget`). A row takes as many as it may: masses are ``None`` or 1. Of a tri-shape the row of the
+  last token is dense and counts; power takes the most nearest blocks beside its powers (:func:`power_window`), of one block each.
 - Of these, A-shape and tri-shape give one to sinks; vertical-slash, beside the diagonal, one part of seven to columns
   and six to slashes, as its default does. ZipVL's budget is without a row's own block; X-attention's stride is an
   eighth of a block, as 16 is of 128.
@@ -128,7 +128,7 @@ def with_budget(name: str, denominator: int, *, tokens: int, block_size: int) ->
         case AShape():
             return change(**shape)
         case TriShape():
-            return change(**shape, last=block_size)
+            return change(**shape, last=1)
         case PowerAttention():
             return change(window=budget, unit=block_size, dense_layers=0)
         case VerticalSlash():
