@@ -5,7 +5,8 @@ has becomes:
 
 - for most policies the largest number of blocks a row that all rows together keep to, those that have fewer before them
   included (:func:`row_budget`). A row takes as many as it may: masses are ``None`` or 1. Of a tri-shape the row of the
-  last token is dense and counts; power takes the most nearest blocks beside its powers (:func:`power_window`), of one block each.
+  last token is dense and counts. Power takes the most nearest blocks beside its powers (:func:`power_window`), its unit
+  being a block.
 - Of these, A-shape and tri-shape give one to sinks; vertical-slash, beside the diagonal, one part of seven to columns
   and six to slashes, as its default does. ZipVL's budget is without a row's own block; X-attention's stride is an
   eighth of a block, as 16 is of 128.
