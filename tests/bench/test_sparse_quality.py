@@ -1,5 +1,6 @@
 """Quality under sparse prefill: the rule for budgets, the judge of attention, and the studies on tiny texts."""
 
+import functools
 import json
 
 import jax
@@ -17,15 +18,15 @@ TOKENS, SIZE = 196, 8  # 25 blocks, the last one of four tokens
 NAMES = ("a_shape", "tri_shape", "power", "vertical_slash", "pooled_blocks", "zip_vl", "flex_prefill", "x_attention")
 QUICK = {"xla_backend_optimization_level": 0}  # compiling takes nearly all the time of these tests
 judged = jax.jit(judge, compiler_options=QUICK)
+attend = jax.jit(functools.partial(prefill_attention, with_lse=True), compiler_options=QUICK)
 
 
-def drawn(*lengths, scale=1.0):
-    """The attention of random queries and keys, of padded texts."""
+def drawn(length, scale=1.0):
+    """The attention of random queries and keys, of a whole and of a padded text."""
     rng = np.random.default_rng(0)
-    shape = (len(lengths), TOKENS)
-    q, k, v = (jnp.asarray(scale * rng.normal(size=(*shape, heads, 8)), jnp.float32) for heads in (2, 1, 1))
-    lengths_B = jnp.asarray(lengths)
-    o, lse = prefill_attention(q, k, v, lengths_B, with_lse=True)
+    q, k, v = (jnp.asarray(scale * rng.normal(size=(2, TOKENS, heads, 8)), jnp.float32) for heads in (2, 1, 1))
+    lengths_B = jnp.asarray([TOKENS, length])
+    o, lse = attend(q, k, v, lengths_B)
     return Exact(q_BTNH=q, k_BTKH=k, v_BTKH=v, o_BTNH=o, lse_BNT=lse, lengths_B=lengths_B)
 
 
@@ -56,8 +57,8 @@ def test_sizes_of_each_policy():
 
 @pytest.fixture(scope="module")
 def best():
-    """Texts with half of their blocks, the best ones."""
-    exact = drawn(TOKENS, scale=3.0)
+    """Texts, and what half of the blocks of the first leave, the best ones."""
+    exact = drawn(90, scale=3.0)
     return exact, judged(with_budget("best_blocks", 2, tokens=TOKENS, block_size=SIZE), exact)
 
 
@@ -75,14 +76,14 @@ def test_a_budget_that_is_too_small_is_refused():
         ValueError, match="at least 3 blocks a row for sparse_zip_vl, got 1, 1/4 of 13 rows of 8 tokens"
     ):
         with_budget("sparse_zip_vl", 4, tokens=100, block_size=SIZE)
-    # Rows of power have, beside their own and the first block, those at distances 1, 2, 4 and 8: 1, 2, 3, 4, 4, 5, 5, 5,
-    # 5, 6, 6, 6 and 6 blocks, as one of these is the first in some, 58 of 91.
+    # Rows of power have, beside their own and the first block, those at distances 1, 2, 4 and 8: 1, 2, 3, 4, 4, 5, 5,
+    # 5, 5, 6, 6, 6 and 6 blocks, as one of them is the first in some; 58 of 91.
     with pytest.raises(ValueError, match="at least 1 blocks a row for sparse_power, got 0, 1/2 of 13 rows"):
         with_budget("sparse_power", 2, tokens=100, block_size=SIZE)
 
 
 def test_what_a_window_leaves_by_hand():
-    exact = drawn(TOKENS, 45)
+    exact = drawn(45)
     found = judged(AShape(sinks=3, window=9, block_size=SIZE), exact)
     q, k, v = (np.asarray(x, np.float64) for x in (exact.q_BTNH, exact.k_BTKH, exact.v_BTKH))
     for row, length in enumerate((TOKENS, 45)):
@@ -104,12 +105,12 @@ def test_what_a_window_leaves_by_hand():
 
 
 def test_dense_leaves_everything():
-    found = judged(Dense(), drawn(TOKENS))
+    found = judged(Dense(), drawn(45))
     assert (float(found.mass[0]), float(found.error[0]), float(found.density[0])) == (1, 0, 1)
 
 
 def test_the_best_blocks_are_those_of_most_mass():
-    exact = drawn(TOKENS, 70, scale=3.0)
+    exact = drawn(70, scale=3.0)
     policy = BestBlocks(budget=3, block_size=SIZE)
     select = jax.jit(lambda exact: policy.select(observed(exact)), compiler_options=QUICK)
     index = select(exact).index
