@@ -25,6 +25,26 @@ from pallas_kernels import prefill_attention
 SLOT_MULTIPLE = 8  # what kernels that read pages take at once
 
 
+def run_layers(model: Transformer, tokens_BT: jax.Array, attend: Callable) -> list:
+    """Run a text and return what each layer's ``attend(number, q, k, v)`` gives beside its output.
+
+    Raises:
+        NotImplementedError: if a layer attends within a window.
+    """
+    x_BTD, found = model.embed(tokens_BT), []
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    for number, layer in enumerate(model.layers):
+
+        def attend_layer(q_BTNH, k_BTKH, v_BTKH, *, window=None, number=number):
+            if window is not None:
+                raise NotImplementedError(f"expected full attention in every layer, got a window of {window} tokens")
+            return attend(number, q_BTNH, k_BTKH, v_BTKH)
+
+        x_BTD, numbers = layer(x_BTD, positions_BT, attend_layer)
+        found.append(numbers)
+    return found
+
+
 @pytree()
 class Attended:
     """What the last token of each text reads of the exact attention in each layer.
@@ -86,18 +106,13 @@ def most_attended(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array
 
 def _judged(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, judge: Callable) -> Attended:
     """Run a text dense and judge every layer by its queries, keys, values and exact attention."""
-    x_BTD, judged = model.embed(tokens_BT), []
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    for number, layer in enumerate(model.layers):
 
-        def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None, number=number):
-            if window is not None:
-                raise NotImplementedError(f"expected full attention in every layer, got a window of {window} tokens")
-            exact_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B)
-            return exact_BTNH, judge(number, q_BTNH, k_BTKH, v_BTKH, exact_BTNH)
+    def attend(number, q_BTNH, k_BTKH, v_BTKH):
+        exact_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B)
+        numbers = judge(number, q_BTNH, k_BTKH, v_BTKH, exact_BTNH)
+        return exact_BTNH, [jnp.mean(x.reshape(x.shape[0], -1).astype(jnp.float32), axis=1) for x in numbers]
 
-        x_BTD, numbers = layer(x_BTD, positions_BT, attend)
-        judged.append([jnp.mean(x.reshape(x.shape[0], -1).astype(jnp.float32), axis=1) for x in numbers])
+    judged = run_layers(model, tokens_BT, attend)
     recall, error, tokens = (jnp.stack(parts) for parts in zip(*judged, strict=True))
     return Attended(recall=recall, error=error, tokens=tokens)
 

@@ -18,7 +18,6 @@ its own.
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -31,6 +30,7 @@ import jax
 import dyninf
 from bench import budget_studies
 from bench.budget_plans import DENSE, plan_with_budget, policy_names, settings
+from bench.resume import parse_shard, parse_shares, read_keys, row_key
 from dyninf.cli.bench import describe_run, write_row
 from dyninf.cli.common import DTYPES, Loaded, check_output, check_positive, load
 from dyninf.cli.task_eval import fingerprint
@@ -41,7 +41,6 @@ MODELS = {"tasks": ("recall-6m",), "nll": ("pycode-13m",), "mass": ("recall-6m",
 QUERIES = {"tasks": ("with", "after"), "nll": (None,), "mass": (None,)}
 KEY = ("study", "version", "model", "weights", "dtype", "policy", "plan", "denominator", "query")
 KEY += ("length", "samples", "seed", "device")
-BEGINNING = '{"bench": "budgets", '  # of every row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure the jobs of one shard and print a row for each."""
     arguments = _parse(argv)
     jobs = list_jobs(arguments)[arguments.shard[0] :: arguments.shard[1]]
-    done = read_keys(arguments.jsonl)
+    done = read_keys(arguments.jsonl, "budgets", KEY)
     for name in dict.fromkeys(job.model for job in jobs):
         _measure_model(name, [job for job in jobs if job.model == name], done, arguments)
     return 0
@@ -74,31 +73,6 @@ def list_jobs(arguments: argparse.Namespace) -> list[Job]:
         for denominator in ((None,) if policy == DENSE else arguments.budgets)
         for query in QUERIES[arguments.study]
     ]
-
-
-def read_keys(file: Path | None) -> set[str]:
-    """Return the keys of the rows of an earlier run; a last row that a kill cut short is removed from the file.
-
-    Raises:
-        ValueError: if the file holds anything else.
-    """
-    if file is None or not file.exists():
-        return set()
-    text = file.read_text(encoding="utf-8")
-    whole, newline, rest = text.rpartition("\n")
-    keys = set()
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            keys.add(_key(json.loads(line)))
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"expected rows of bench/budgets.py in {file}, got {line!r:.60} in line {number}; name another file"
-            ) from None
-    if rest:
-        if not rest.startswith(BEGINNING[: len(rest)]):
-            raise ValueError(f"expected rows of bench/budgets.py in {file}, got {rest!r:.60}; name another file")
-        file.write_text(whole + newline, encoding="utf-8")
-    return keys
 
 
 def _measure_model(name: str, jobs: list[Job], done: set[str], arguments: argparse.Namespace) -> None:
@@ -118,7 +92,7 @@ def _measure_model(name: str, jobs: list[Job], done: set[str], arguments: argpar
             sys.stderr.write(f"{job.policy} at 1/{job.denominator}: {refusal}\n")
             continue
         row = _about(job, plan, loaded, weights, arguments) | origin
-        if _key(row) in done:
+        if row_key(row, KEY) in done:
             continue
         if measure is None:  # makes the texts
             measure = STUDIES[arguments.study](loaded, arguments)
@@ -151,10 +125,6 @@ def _about(job: Job, plan: dyninf.Plan, loaded: Loaded, weights: str, arguments:
     }
 
 
-def _key(row: dict[str, Any]) -> str:
-    return json.dumps([row[name] for name in KEY])
-
-
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; what cannot be measured is refused here."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,20 +145,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if unknown := [name for name in arguments.policies if name not in known]:
         parser.error(f"expected --policies among {', '.join(known)}, got {', '.join(unknown)}")
     try:
-        arguments.budgets = [int(part) for part in arguments.budgets.split(",")]
-    except ValueError:
-        parser.error(f"expected --budgets as numbers separated by commas, such as 2,4, got {arguments.budgets!r}")
-    try:
+        arguments.budgets, arguments.shard = parse_shares(arguments.budgets), parse_shard(arguments.shard)
         check_positive(length=arguments.length, samples=arguments.samples, batch=arguments.batch)
         check_output(arguments.jsonl)
     except ValueError as error:
         parser.error(str(error))
     if not all(1 <= denominator <= arguments.length for denominator in arguments.budgets):
         parser.error(f"expected --budgets between 1 and --length={arguments.length}, got {arguments.budgets}")
-    part, _, parts = arguments.shard.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        parser.error(f"expected --shard as I/N with 0 <= I < N, such as 0/4, got {arguments.shard!r}")
-    arguments.shard = int(part), int(parts)
     return arguments
 
 

@@ -5,7 +5,7 @@ import re
 from functools import partial
 from itertools import pairwise
 
-from bench import budget_tables, prefill_tables, selection_tables
+from bench import budget_tables, prefill_tables, selection_tables, sparse_tables
 from bench.rendering import H200_COPY_GB_S, RESULTS, commits, read_rows, table
 
 
@@ -267,4 +267,5 @@ TABLES = {
     "prefill_blocks": lambda: prefill_tables.prefill_table("blocks"),
     "prefill_policies": lambda: prefill_tables.prefill_table("policies"),
     **{f"budgets_{study}": partial(budgets_table, study) for study in ("tasks", "nll", "mass")},
+    **{f"sparse_quality_{study}": partial(sparse_tables.sparse_table, study) for study in ("tasks", "mass")},
 }

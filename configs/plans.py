@@ -41,7 +41,17 @@ from dyninf.kv import (
     pyramid_budgets,
 )
 from dyninf.plan import Plan
-from dyninf.sparsity import AShape, LazyLLM, PowerAttention, TriShape
+from dyninf.sparsity import (
+    AShape,
+    FlexPrefill,
+    LazyLLM,
+    PooledBlocks,
+    PowerAttention,
+    TriShape,
+    VerticalSlash,
+    XAttention,
+    ZipVL,
+)
 
 
 def plans(num_layers: int) -> dict[str, Plan]:
@@ -165,4 +175,16 @@ def plans(num_layers: int) -> dict[str, Plan]:
         "sparse_power": Plan(sparsity=PowerAttention(window=2, unit=128)),
         # The paper's seven tenths after 30, 60 and 90 % of the layers, of the shipped model's context of 2048 tokens.
         "sparse_lazy": Plan(sparsity=LazyLLM(layers=drops, budgets=(1434, 1003, 702))),
+        # Five blocks of 128, the size that kernels take, as many as sparse_a_shape has: the first column, and three
+        # bands beside the diagonal, where the paper has six for a column.
+        "sparse_vertical_slash": Plan(sparsity=VerticalSlash(vertical=1, slash=3)),
+        # The same five, two of them forced.
+        "sparse_pooled_blocks": Plan(sparsity=PooledBlocks(budget=5)),
+        # Where a mass says how many blocks, they may be eight, half of the shipped model's context; ZipVL's budget is
+        # without a row's own.
+        "sparse_zip_vl": Plan(sparsity=ZipVL(budget=7)),
+        # One column and one diagonal at least, as the 1024 tokens of the paper would be the whole budget.
+        "sparse_flex_prefill": Plan(sparsity=FlexPrefill(budget=8, min_budget=1)),
+        # The finer stride of the paper's two.
+        "sparse_x_attention": Plan(sparsity=XAttention(budget=8, stride=8)),
     }

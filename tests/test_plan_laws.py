@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dyninf import Compact, Plan, decode_step
+from dyninf import sparsity as sparse
 from dyninf.configs.plans import plans
 from dyninf.depth import (
     Confidence,
@@ -32,7 +33,6 @@ from dyninf.depth import (
     every,
 )
 from dyninf.kv import PageScorer, ShadowKV, SnapKV, TopK
-from dyninf.sparsity import AShape, Dense, LazyLLM, PowerAttention, TriShape
 
 L, V, B, T, STEPS = 6, 61, 3, 7, 6
 LENGTHS = np.array([7, 4, 5])
@@ -42,19 +42,25 @@ NAMES = sorted(PLANS)
 STATIC = {name for name in NAMES if PLANS[name].depth.static_layers(L) is not None}
 # Differ from a plan beside them by how they score or when they do: held to the laws in slow runs.
 ALIKE = {"decay_linear", "exit_budget", "exit_calm", "exit_entropy", "exit_margin", "exit_mue", "evict_hash"}
-ALIKE |= {"evict_recent", "select_reused", "sparse_lazy", "sparse_power", "sparse_tri_shape"}
+ALIKE |= {"evict_recent", "select_reused", "sparse_lazy", "sparse_power", "sparse_tri_shape", "sparse_zip_vl"}
+ALIKE |= {f"sparse_{policy}" for policy in ("flex_prefill", "vertical_slash", "x_attention")}
 ALIKE |= {f"select_{scorer}" for scorer in ("act_qkv", "long", "mp_cache", "page_mean", "retrieval", "votes")}
 ALIKE |= {f"evict_{scorer}" for scorer in ("critic", "expected", "key_norm", "look_once", "snap_kv", "tova")}
 ALONE = ("decay_power", "dense", "exit_catch_up", "exit_confidence_masked", "exit_first_of")  # one of each kind
 COMPACT = ("decay_power", "exit_confidence")
 # What a sparsity policy reads little of a short prompt with, and what it then reads everything with.
-FEW = {
-    AShape: {"sinks": 1, "window": 2, "block_size": 1},
-    TriShape: {"sinks": 1, "window": 2, "block_size": 1, "last": 1},
-}
-FEW |= {PowerAttention: {"window": 1, "unit": 1, "block_size": 1}, LazyLLM: {"budgets": (5, 3, 2)}}
-ALL = {AShape: {"window": T}, TriShape: {"window": T}, PowerAttention: {"window": T}}
-ALL |= {LazyLLM: {"budgets": (T,) * 3}}
+FEW = {shape: {"sinks": 1, "window": 2, "block_size": 1} for shape in (sparse.AShape, sparse.TriShape)}
+FEW[sparse.TriShape]["last"] = 1
+FEW |= {sparse.PowerAttention: {"window": 1, "unit": 1, "block_size": 1}, sparse.LazyLLM: {"budgets": (5, 3, 2)}}
+FEW |= {policy: {"budget": 2, "block_size": 1} for policy in (sparse.PooledBlocks, sparse.FlexPrefill)}
+FEW |= {sparse.VerticalSlash: {"slash": 1, "last_queries": 2, "block_size": 1}}
+FEW |= {sparse.ZipVL: {"budget": 2, "probes": 2, "block_size": 1}}
+FEW |= {sparse.XAttention: {"budget": 2, "stride": 1, "block_size": 1}}
+ALL = {policy: {"window": T} for policy in (sparse.AShape, sparse.TriShape, sparse.PowerAttention)}
+ALL |= {sparse.VerticalSlash: {"slash": T}, sparse.PooledBlocks: {"budget": T}}
+ALL |= {policy: {"budget": T, "mass": 1.0} for policy in (sparse.ZipVL, sparse.XAttention)}
+ALL |= {sparse.FlexPrefill: {"budget": T, "min_budget": T}}
+ALL |= {sparse.LazyLLM: {"budgets": (T,) * 3}}
 DRIVERS = ("segments", "masked", "scan")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits reach 30; the same sums in another order
 
@@ -183,7 +189,7 @@ def test_plan_saves_something(name, base, dense):
     evicts = base.stats.kv_live.max() < LENGTHS.max() + STEPS
     selects = (base.stats.kv_read < base.stats.kv_live).any()
     assert evicts == isinstance(PLANS[name].evict, TopK) and selects == isinstance(PLANS[name].select, TopK)
-    assert isinstance(PLANS[name].sparsity, Dense) or not np.allclose(base.logits[:, 0], dense.logits[:, 0])
+    assert isinstance(PLANS[name].sparsity, sparse.Dense) or not np.allclose(base.logits[:, 0], dense.logits[:, 0])
     assert depths == {L} if PLANS[name].depth == RunAll() else min(depths) < L
     assert len(depths) > 2 or name in STATIC
 

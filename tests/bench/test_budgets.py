@@ -14,6 +14,7 @@ import dyninf
 from bench import budget_tables, budgets
 from bench.attention_mass import attended, most_attended
 from bench.budget_plans import plan_with_budget, policy_names, settings
+from bench.resume import read_keys
 from dyninf import models
 from dyninf.kv import PageScorer, Quest, Recency, ShadowKV, TopK, pyramid_budgets
 from dyninf.models.transformer import replace_layers
@@ -250,7 +251,7 @@ def test_a_file_of_something_else_stays_as_it_is(tmp_path):
     file = tmp_path / "notes.txt"
     file.write_text("remember the milk\n")
     with pytest.raises(ValueError, match=r"expected rows of bench/budgets\.py"):
-        budgets.read_keys(file)
+        read_keys(file, "budgets", budgets.KEY)
     assert file.read_text() == "remember the milk\n"
 
 
