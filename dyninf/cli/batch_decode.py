@@ -58,7 +58,7 @@ def check_settings(loaded: Loaded, settings: Settings) -> None:
     """
     check_chunk(settings.plan, settings.chunk)
     if settings.chunk is not None:
-        shape = loaded.model.config.max_length, 1
+        shape = loaded.model.config.max_length, 2
         jax.eval_shape(lambda: _start(loaded, [], shape, settings).tokens)
 
 
