@@ -12,9 +12,10 @@ import numpy as np
 
 import dyninf
 from dyninf.cli.batch_decode import Settings, answer, check_settings
-from dyninf.cli.batch_input import DEFAULT_NEW_TOKENS, KEYS, MAX_SEED, Prompts, is_whole
+from dyninf.cli.batch_input import MAX_SEED, Prompts, is_whole
 from dyninf.cli.batch_output import Results, header_of
 from dyninf.cli.common import Loaded, add_model_options, check_output, check_positive, load, progress
+from dyninf.cli.generate import DEFAULT_NEW_TOKENS, INTERRUPTED
 from dyninf.cli.plan_options import add_plan_options, check_plan, read_plan
 from dyninf.cli.sampler_options import add_sampler_options, with_sampler
 from dyninf.cli.task_eval import fingerprint
@@ -23,16 +24,16 @@ from dyninf.timing import device_name
 from dyninf.training import data
 
 SOME_FAILED = 1
-INTERRUPTED = 130
 
-EXAMPLES = f"""\
+EXAMPLES = """\
 example:
   dyninf batch --input prompts.jsonl --output out.jsonl --plan exit_capped --batch 16
 
-A line of the input is an object with a "prompt" (or its "tokens") and, if wanted, {", ".join(KEYS[3:5])}, an "id" (else
-the number of the line) and "metadata", which is handed through. Any other key is an error of that line. Results come in
-the order in which batches end; "line" says where the prompt stands. The same command goes on where a job was stopped.
-Ends with status 1 if some lines failed.
+A line of the input is an object with a "prompt" (or its "tokens") and, if wanted, a "max_new_tokens", a "seed", an "id"
+(else the number of the line) and "metadata", which is handed through. Any other key is an error of that line.
+
+Results come in the order in which batches end; "line" says where the prompt stands. The same command goes on where a
+job was stopped, also with another --batch. Ends with status 1 if some lines failed.
 """
 
 

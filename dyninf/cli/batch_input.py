@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from dyninf.cli.common import Loaded
+from dyninf.cli.generate import DEFAULT_NEW_TOKENS
 
-DEFAULT_NEW_TOKENS = 128
 KEYS = ("id", "prompt", "tokens", "max_new_tokens", "seed", "metadata")
 MAX_SEED = 2**32 - 1  # what a random key takes without losing bits
 
@@ -78,7 +78,7 @@ class Prompts:
 
         Args:
             max_new_tokens: of lines that do not say; ``None`` for as many as the context has room for, at most
-                :data:`DEFAULT_NEW_TOKENS`.
+                :data:`dyninf.cli.generate.DEFAULT_NEW_TOKENS`.
         """
         self._file.seek(0)
         seen: dict[int | str, int] = {}
@@ -92,14 +92,14 @@ class Prompts:
             if (number - 1) % shard[1] != shard[0]:
                 continue
             if first != number:
-                error = error or f"expected an id of its own, got {identity!r}, which is that of line {first}"
+                error = error or f"expected an id of its own, got {identity!r:.60}, which is that of line {first}"
             about = {"line": number, "id": identity, "metadata": fields.get("metadata")}
             if not error:
                 try:
                     tokens = _tokens(fields, loaded)
                     count = _room(len(tokens), fields.get("max_new_tokens", max_new_tokens), loaded)
                 except ValueError as found:
-                    error = str(found)
+                    error = " ".join(str(found).split())
             if error:
                 yield Fault(**about, error=error)
             else:
@@ -133,7 +133,7 @@ def _refuse_fields(fields: dict[str, Any]) -> str | None:
         return f"expected keys among {', '.join(KEYS)}, got {', '.join(map(repr, unknown))}; put others into metadata"
     if "id" in fields and not _is_id(fields["id"]):
         return f"expected id to be a text or a whole number, got {fields['id']!r:.60}"
-    if "max_new_tokens" in fields and not is_whole(fields["max_new_tokens"], 1, 2**31):
+    if "max_new_tokens" in fields and not is_whole(fields["max_new_tokens"], 1, 2**63):
         return f"expected max_new_tokens to be a whole number of at least 1, got {fields['max_new_tokens']!r:.60}"
     if "seed" in fields and not is_whole(fields["seed"], 0, MAX_SEED):
         return f"expected seed to be a whole number between 0 and {MAX_SEED}, got {fields['seed']!r:.60}"

@@ -37,7 +37,7 @@ class Results:
         self.done: set[int] = set()
         self.num_errors = 0
         self.first_error: tuple[int, str] | None = None
-        self._path, self._header = path, path.with_name(path.name + HEADER)
+        self._path, self._header = path, header_of(path)
         self._created = not path.exists()
         self._file = path.open("a+b")
         try:
@@ -54,8 +54,8 @@ class Results:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._created and not self._header.exists() and not os.fstat(self._file.fileno()).st_size:
-            self._path.unlink()  # nothing was begun
+        if self._created:  # and nothing was begun
+            self._path.unlink()
         self._file.close()
 
     def begin(self, asked: dict[str, Any], lines: range) -> None:
@@ -72,6 +72,7 @@ class Results:
         begun = self._begun()
         if not os.fstat(self._file.fileno()).st_size:
             self._write_header(asked)
+            self._created = False
             return
         if begun is None:
             raise ValueError(
