@@ -155,7 +155,7 @@ def _summary(
     made: list[tuple[int, float | None]],
     seconds: float,
 ) -> str:
-    parts = [f"{len(results.done) - before} lines" + (f", {before} were done before" if before else "")]
+    parts = [f"lines {len(results.done) - before}" + (f" (and {before} before)" if before else "")]
     num_tokens = sum(count for count, _ in made)
     if num_tokens:
         speed = f"{num_tokens / seconds:.1f} tokens/s with compilation"

@@ -56,7 +56,8 @@ class Results:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._created:  # and nothing was begun
             self._path.unlink()
-        self._file.close()
+        with contextlib.suppress(OSError):  # all is on the disk but what could not be written before
+            self._file.close()
 
     def begin(self, asked: dict[str, Any], lines: range) -> None:
         """Begin a job, or go on with one: read what is done and remove a last line that a kill cut short.
@@ -92,12 +93,22 @@ class Results:
         self._read(lines)
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append results and wait until they are on the disk."""
+        """Append results and wait until they are on the disk.
+
+        Raises:
+            OSError: if they cannot be written, for want of room for one; what was written before is kept.
+        """
         if not rows:
             return
-        self._file.write("".join(json.dumps(row) + "\n" for row in rows).encode("ascii"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write("".join(json.dumps(row) + "\n" for row in rows).encode("ascii"))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(
+                f"expected to write to {str(self._path)!r}, got: {error}; finished lines are kept and the same command "
+                "goes on"
+            ) from error
         for row in rows:
             self._note(row)
 

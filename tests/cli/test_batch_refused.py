@@ -1,5 +1,6 @@
 """The command batch: lines and jobs that are refused, and what is left of the rest."""
 
+import errno
 import fcntl
 
 import pytest
@@ -148,3 +149,18 @@ def test_an_output_of_another_input_version_or_kind_is_refused(begun, folder, tm
     with target.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         refused("no other process")
+
+
+def test_a_full_disk_keeps_what_was_written(begun, folder, monkeypatch, capsys):
+    source, target, results = begun
+    target.write_bytes(results.splitlines(keepends=True)[0])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dyninf.cli.batch_output.os.fsync", full)
+    assert main(command(folder, source, target)) == 2
+    err = capsys.readouterr().err
+    assert "No space left on device; finished lines are kept" in err and err.count("\n") == 1
+    monkeypatch.undo()
+    assert main(command(folder, source, target)) == 0 and target.read_bytes() == results
