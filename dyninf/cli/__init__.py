@@ -13,9 +13,9 @@ from typing import NoReturn
 import jax
 
 from dyninf import __version__
-from dyninf.cli import bench, calibrate, compare, doctor, evaluate, generate, plans, train
+from dyninf.cli import batch, bench, calibrate, compare, doctor, evaluate, generate, plans, train
 
-COMMANDS = (generate, compare, plans, evaluate, calibrate, bench, train, doctor)
+COMMANDS = (generate, batch, compare, plans, evaluate, calibrate, bench, train, doctor)
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 USER_ERRORS = (ValueError, NotImplementedError, OSError, jax.errors.JaxRuntimeError)
 

@@ -15,6 +15,7 @@ import dyninf
 from dyninf.cli.common import Loaded, add_model_options, bucket, check_positive, load
 from dyninf.cli.plan_options import add_plan_options, check_plan, read_plan
 from dyninf.cli.quality import dense_agreement
+from dyninf.cli.sampler_options import add_sampler_options, with_sampler
 from dyninf.cli.text import Painter, StopTexts, TextStream
 from dyninf.timing import device_name
 
@@ -55,11 +56,7 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--prefill-chunk", type=int, metavar="N", help="read the prompt N tokens at a time (default: at once)"
     )
-    parser.add_argument("--temperature", type=float, help="draw tokens; below 1 sharper, above 1 flatter, 0 greedy")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable tokens that make up P")
-    parser.add_argument("--min-p", type=float, metavar="P", help="draw tokens at least P times as probable as the best")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same tokens (default: 0)")
+    add_sampler_options(parser)
     parser.add_argument(
         "--stop", metavar="TEXT", action="append", default=[], help="end before TEXT (may be given several times)"
     )
@@ -77,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = _read_prompt(arguments)
     loaded = load(arguments)
     plan = read_plan(arguments.plan, arguments.changes, len(loaded.model.layers))
-    plan = _with_sampler(plan, arguments)
+    plan = with_sampler(plan, arguments)
     check_plan(plan, loaded.model)
     ids = loaded.tokenizer.encode(prompt).ids
     if not ids:
@@ -169,19 +166,3 @@ def _read_prompt(arguments: argparse.Namespace) -> str:
     except UnicodeDecodeError as error:
         name = arguments.file or "standard input"
         raise ValueError(f"expected UTF-8 text in {name}, got {error.reason} at byte {error.start}") from None
-
-
-def _with_sampler(plan: dyninf.Plan, arguments: argparse.Namespace) -> dyninf.Plan:
-    """Return the plan with the sampler that the options ask for; its own where they ask for none."""
-    filters = []
-    if arguments.temperature:
-        filters.append(dyninf.Temperature(temperature=arguments.temperature))
-    if arguments.top_k is not None:
-        filters.append(dyninf.TopK(k=arguments.top_k))
-    if arguments.top_p is not None:
-        filters.append(dyninf.TopP(p=arguments.top_p))
-    if arguments.min_p is not None:
-        filters.append(dyninf.MinP(p=arguments.min_p))
-    if arguments.temperature == 0:
-        return dataclasses.replace(plan, sampler=dyninf.Greedy())
-    return dataclasses.replace(plan, sampler=dyninf.chain(*filters)) if filters else plan
