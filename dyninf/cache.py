@@ -231,16 +231,16 @@ def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax
 
     All slots of one sequence must differ from each other, dropped ones included.
     """
-    rows = jnp.arange(k_BTKH.shape[0])[:, None]
 
-    def put(array: jax.Array, values: Any) -> jax.Array:
-        return array.at[rows, slots_BT].set(values, mode="drop", unique_indices=True)
+    @jax.vmap  # an index of rows would have the tokens of all sequences gathered where the batch is on several devices
+    def put(array_SKH: jax.Array, slots_T: jax.Array, values_TKH: jax.Array) -> jax.Array:
+        return array_SKH.at[slots_T].set(values_TKH, mode="drop", unique_indices=True)
 
     return dataclasses.replace(
         cache,
-        k=put(cache.k, k_BTKH.astype(cache.k.dtype)),
-        v=put(cache.v, v_BTKH.astype(cache.v.dtype)),
-        valid=None if cache.valid is None else put(cache.valid, True),
+        k=put(cache.k, slots_BT, k_BTKH.astype(cache.k.dtype)),
+        v=put(cache.v, slots_BT, v_BTKH.astype(cache.v.dtype)),
+        valid=None if cache.valid is None else put(cache.valid, slots_BT, jnp.ones(slots_BT.shape, bool)),
     )
 
 
