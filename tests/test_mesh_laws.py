@@ -17,7 +17,9 @@ MESHES = {f"{data}x{tensor}": {"data": data, "tensor": tensor} for data, tensor 
 # One plan of each kind, on a mesh that splits key/value heads and on one with more devices than there are.
 QUICK = {"dense", "exit_confidence", "exit_catch_up", "evict_h2o", "select_quest", "select_shadow_kv", "sparse_a_shape"}
 CASES = [
-    pytest.param(name, mesh, id=f"{name}-{mesh}", marks=[] if name in QUICK and mesh in QUICK_MESHES else pytest.mark.slow)
+    pytest.param(
+        name, mesh, id=f"{name}-{mesh}", marks=[] if name in QUICK and mesh in QUICK_MESHES else pytest.mark.slow
+    )
     for QUICK_MESHES in [{"2x4", "1x8"}]
     for name in NAMES
     for mesh in MESHES
