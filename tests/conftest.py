@@ -15,6 +15,7 @@ from typing import Any
 # Read by jax and libtpu when they are imported: do not look for accelerators that the default run does not use.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("NPROC", "16")  # threads of the CPU client: a device that waits, in LAPACK too, keeps one
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several test processes compile for TPUs at once
 
 import jax
@@ -39,7 +40,7 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.config.update("jax_num_cpu_devices", 8)
-    # Programs in flight together take threads from each other, which collectives of devices that are none wait for.
+    # Programs in flight together take threads from each other, and collectives wait for all eight devices.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
