@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dyninf.model import CausalLM, kv_shape
+from dyninf.model import CausalLM, kv_shape, lay_out
 from dyninf.own_cache import OwnCache, tree_bytes
 from dyninf.pytree import pytree
 
@@ -223,7 +223,7 @@ def init_cache(
     own = (None,) * len(model.layers) if own is None else own
     sizes = zip(slots, summaries, reads, choices, own, strict=True)
     layers = tuple(layer(*plain) if cache is None else cache for *plain, cache in sizes)
-    return KVCache(layers=layers, length=jnp.zeros(batch, jnp.int32))
+    return lay_out(model, KVCache(layers=layers, length=jnp.zeros(batch, jnp.int32)))
 
 
 def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array) -> LayerCache:

@@ -105,6 +105,10 @@ class MeshModel:
         """What the logits of states say, if the model knows."""
         return getattr(self.model, "readout", None)
 
+    def lay_out(self, cache: Any) -> Any:
+        """Return an empty cache split by batch and heads, layers that no token will run included."""
+        return constrain_cache(cache, self.where)
+
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Return the states ``[B, T, D]`` that enter the first layer."""
         tokens_BT = self.where.constrain(tokens_BT, ("batch", "length"))

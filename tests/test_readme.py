@@ -17,7 +17,7 @@ def test_snippet_runs_as_printed(number, tmp_path):
     script.write_text(SNIPPETS[number], encoding="utf-8")
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path, timeout=240)
     assert result.returncode == 0, result.stderr
-    expected = ("layers_needed", "of 6 layers", "PartitionSpec('tensor'")[number]
+    expected = ("layers_needed", "of 6 layers", "'tensor'")[number]
     assert expected in result.stdout
 
 
