@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dyninf.model import CausalLM, kv_shape
+from dyninf.model import CausalLM, kv_shape, lay_out
 from dyninf.own_cache import OwnCache, tree_bytes
 from dyninf.pytree import pytree
 
@@ -223,7 +223,7 @@ def init_cache(
     own = (None,) * len(model.layers) if own is None else own
     sizes = zip(slots, summaries, reads, choices, own, strict=True)
     layers = tuple(layer(*plain) if cache is None else cache for *plain, cache in sizes)
-    return KVCache(layers=layers, length=jnp.zeros(batch, jnp.int32))
+    return lay_out(model, KVCache(layers=layers, length=jnp.zeros(batch, jnp.int32)))
 
 
 def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array) -> LayerCache:
@@ -231,16 +231,16 @@ def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax
 
     All slots of one sequence must differ from each other, dropped ones included.
     """
-    rows = jnp.arange(k_BTKH.shape[0])[:, None]
 
-    def put(array: jax.Array, values: Any) -> jax.Array:
-        return array.at[rows, slots_BT].set(values, mode="drop", unique_indices=True)
+    @jax.vmap  # an index of rows would have the tokens of all sequences gathered where the batch is on several devices
+    def put(array_SKH: jax.Array, slots_T: jax.Array, values_TKH: jax.Array) -> jax.Array:
+        return array_SKH.at[slots_T].set(values_TKH, mode="drop", unique_indices=True)
 
     return dataclasses.replace(
         cache,
-        k=put(cache.k, k_BTKH.astype(cache.k.dtype)),
-        v=put(cache.v, v_BTKH.astype(cache.v.dtype)),
-        valid=None if cache.valid is None else put(cache.valid, True),
+        k=put(cache.k, slots_BT, k_BTKH.astype(cache.k.dtype)),
+        v=put(cache.v, slots_BT, v_BTKH.astype(cache.v.dtype)),
+        valid=None if cache.valid is None else put(cache.valid, slots_BT, jnp.ones(slots_BT.shape, bool)),
     )
 
 

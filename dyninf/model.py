@@ -3,7 +3,8 @@
 Any pytree with these members runs under a plan, whatever library wrote it. A layer computes q, k and v and hands them
 to the ``attend`` function it was given; cache, selection and kernels live behind that call. A model may also define
 ``readout(x_BTD)``, which returns a :class:`pallas_kernels.readout.Readout` of its logits ``[B, T]`` without the logits;
-exits that ask for a probability or a token then use it.
+exits that ask for a probability or a token then use it. And it may define ``lay_out(cache)``, which returns an empty
+cache as the model wants it to lie on its devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,6 +75,12 @@ def readout_of(model: CausalLM) -> Callable[[jax.Array], Readout]:
     """Return the function that reads states ``[B, T, D]`` out: the model's own, or one made from its logits."""
     own = getattr(model, "readout", None)
     return (lambda x_BTD: read_logits(model.unembed(x_BTD))) if own is None else own
+
+
+def lay_out(model: CausalLM, cache: Any) -> Any:
+    """Return an empty cache as the model wants it to lie on its devices; the given one if it has no say in that."""
+    own = getattr(model, "lay_out", None)
+    return cache if own is None else own(cache)
 
 
 def max_length(model: CausalLM) -> int | None:

@@ -24,8 +24,9 @@ from flax import nnx
 
 from dyninf.models.atomic import current, replace_folder, reserve
 from dyninf.models.config import ModelConfig, RopeScaling
-from dyninf.models.convert import read_json
+from dyninf.models.hf_files import read_json
 from dyninf.models.parameters import abstract_model, named_parameters, with_parameters
+from dyninf.models.sharding import Placement, parameter_shardings
 from dyninf.models.transformer import Transformer, unstack_layers
 
 MARKER = "dyninf.json"
@@ -69,14 +70,15 @@ def save(
         (folder / MARKER).write_text(json.dumps(values, indent=2) + "\n")
 
 
-def restore(path: str | os.PathLike, dtype: Any = None) -> Transformer:
-    """Return the model of a checkpoint that :func:`save` wrote, on the default device.
+def restore(path: str | os.PathLike, dtype: Any = None, where: Placement | None = None) -> Transformer:
+    """Return the model of a checkpoint that :func:`save` wrote, wherever its arrays were then.
 
     Args:
         dtype: dtype of the weights; ``None`` for the dtype each was saved in.
+        where: mesh and rules; ``None`` for the default device.
 
     Raises:
-        ValueError: if the checkpoint is missing, incomplete, or does not fit its own configuration.
+        ValueError: if the checkpoint is missing, incomplete, or does not fit its own configuration or the mesh.
         NotImplementedError: if another version of the format is stored.
     """
     path = current(path)
@@ -90,10 +92,14 @@ def restore(path: str | os.PathLike, dtype: Any = None) -> Transformer:
     _check_files(path / "arrays", values.get("files"))
     with quiet_orbax(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         stored = _stored(checkpointer, path / "arrays")
-        _check(path, {name: array.shape for name, array in expected.items()}, stored)
-        place = jnp.zeros(()).sharding
+        shapes = {name: array.shape for name, array in expected.items()}
+        _check(path, shapes, stored)
+        default = dict.fromkeys(shapes, jnp.zeros(()).sharding)
+        places = default if where is None else parameter_shardings(shapes, config, where)
         wanted = {
-            name: jax.ShapeDtypeStruct(array.shape, np.dtype(array.dtype if dtype is None else dtype), sharding=place)
+            name: jax.ShapeDtypeStruct(
+                array.shape, np.dtype(array.dtype if dtype is None else dtype), sharding=places[name]
+            )
             for name, array in stored.items()
         }
         try:

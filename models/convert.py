@@ -3,9 +3,9 @@
 :func:`_layout` says once, for both directions, which tensors of theirs make one parameter of ours. Their matrices are
 ``[out, in]``, ours are in the order they are contracted; their query head n is ours [k, g] with n = k * G + g.
 Everything is checked (names, shapes, dtypes, file lengths) before the first weight is read; then one parameter after
-another is read, fused on the host and transposed on the device, so that host memory stays near the largest of them.
-Saving holds one file on the host. The safetensors package reads and writes the files; its numpy front end knows
-bfloat16 because jax registers that dtype with numpy.
+another is read, fused on the host and transposed on the device, so that host memory stays near the largest of them. On
+a mesh only what the devices of this process hold is read. Saving holds one file on the host. The safetensors package
+reads and writes the files; its numpy front end knows bfloat16 because jax registers that dtype with numpy.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from dyninf.models.atomic import replace_folder, reserve
 from dyninf.models.config import ModelConfig
 from dyninf.models.hf_config import config_from_hf, config_to_hf, eos_ids
+from dyninf.models.hf_files import DTYPES, INDEX, SINGLE, Stored, read_json, some, stored_tensors
 from dyninf.models.parameters import abstract_model, named_parameters, with_parameters
+from dyninf.models.sharding import Placement, parameter_shardings
 from dyninf.models.transformer import Transformer, unstack_layers
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 * 10**9  # a file gets no further tensor from here on: all of a file is on the host when it is written
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,28 +48,20 @@ class _Fused:
     parts: tuple[tuple[str, tuple[int, ...], Any], ...]  # name, shape in the file, index into the fused array
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """One tensor of an open file: what the header says about it, and how to read its data."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
-
-def load_hf(path: str | os.PathLike, dtype: Any = None) -> Transformer:
+def load_hf(path: str | os.PathLike, dtype: Any = None, where: Placement | None = None) -> Transformer:
     """Return the model of a Hugging Face folder (Llama, Mistral, Qwen2 or Qwen3; safetensors only).
 
     Args:
         dtype: dtype of the weights; ``None`` for the one that most of the stored numbers have.
+        where: mesh and rules; ``None`` for the default device.
 
     Raises:
-        ValueError: if a file or tensor is missing, in excess, truncated or of the wrong shape; before any is loaded.
+        ValueError: if a file or tensor is missing, in excess, truncated or of the wrong shape, or cannot be split over
+            the mesh; before any is loaded.
         NotImplementedError: if the model cannot be represented; names the field of config.json or the dtype.
     """
     path = Path(path)
-    stored = _stored_tensors(path)
+    stored = stored_tensors(path)
     values = read_json(path / "config.json")
     config = config_from_hf(values)
     if (path / "generation_config.json").is_file():
@@ -80,10 +73,13 @@ def load_hf(path: str | os.PathLike, dtype: Any = None) -> Transformer:
     _check(path, layout, stored, config.tie_embeddings)
     dtype = np.dtype(_main_dtype(layout, stored) if dtype is None else dtype)
     model = abstract_model(config, dtype)
+    shapes = {name: array.shape for name, array in named_parameters(model).items()}
+    shardings = dict.fromkeys(layout) if where is None else parameter_shardings(shapes, config, where)
     arrays = {}
     for name, fused in layout.items():
+        whole = _read(fused, stored) if where is None else _read_shards(fused, stored, shardings[name])
         # Wait for each: dispatch is asynchronous, and reading ahead would pile up parameters on the host.
-        arrays[name] = jax.block_until_ready(_place(_read(fused, stored), fused.axes, dtype))
+        arrays[name] = jax.block_until_ready(_place(whole, fused.axes, dtype, shardings[name]))
     return with_parameters(model, arrays)
 
 
@@ -139,24 +135,6 @@ def save_hf(
             shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
 
 
-def read_json(file: str | os.PathLike) -> dict[str, Any]:
-    """Return the JSON object in ``file``.
-
-    Raises:
-        ValueError: if the file does not exist or holds no JSON object.
-    """
-    file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"expected {file.name} in {file.parent}, found none; is this the folder of a model?")
-    try:
-        values = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in {file}, got {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"expected a JSON object in {file}, got {type(values).__name__}")
-    return values
-
-
 def _layout(config: ModelConfig) -> dict[str, _Fused]:
     d, f, v, h = config.d_model, config.d_ff, config.vocab_size, config.head_dim
     n, k, m = config.num_heads, config.num_kv_heads, config.group_size + 2
@@ -208,54 +186,14 @@ def _write(file: Path, tensors: dict[str, np.ndarray]) -> None:
         os.fsync(stream.fileno())
 
 
-def _open(file: Path) -> dict[str, _Stored]:
-    try:
-        opened = safe_open(file, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(
-            f"expected a safetensors file, got {file} ({file.stat().st_size} bytes): {error}; "
-            "it is truncated, damaged or of another format: fetch it again"
-        ) from error
-    slices = {name: opened.get_slice(name) for name in opened.keys()}
-    return {
-        name: _Stored(file, part.get_dtype(), tuple(part.get_shape()), functools.partial(opened.get_tensor, name))
-        for name, part in slices.items()
-    }
-
-
-def _stored_tensors(path: Path) -> dict[str, _Stored]:
-    if (path / SINGLE).is_file():
-        return _open(path / SINGLE)
-    if not (path / INDEX).is_file():
-        raise ValueError(
-            f"expected {SINGLE} or {INDEX} in {path}, got {sorted(file.name for file in path.iterdir())[:8]}; pickled "
-            "weights (.bin, .pt, .pth) are refused, nothing is ever unpickled: if you trust them, load them with "
-            "transformers (from_pretrained) and write them with save_pretrained, which makes safetensors"
-        )
-    places = read_json(path / INDEX).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise ValueError(f"expected weight_map in {path / INDEX} to name a file for each tensor, got {places!r:.80}")
-    stored: dict[str, _Stored] = {}
-    for file in sorted(set(places.values())):
-        if Path(file).name != file or not (path / file).is_file():
-            raise ValueError(f"expected the shard {file!r}, named by {INDEX}, in {path}, found none; fetch it again")
-        for name, tensor in _open(path / file).items():
-            if places.get(name) != file:
-                raise ValueError(f"expected {name!r} in {places.get(name, 'no file')} by {INDEX}, got it in {file}")
-            stored[name] = tensor
-    if missing := sorted(set(places) - set(stored)):
-        raise ValueError(f"expected {_some(missing)} in {path}, named by {INDEX}, found none; fetch the shards again")
-    return stored
-
-
-def _check(path: Path, layout: dict[str, _Fused], stored: dict[str, _Stored], tied: bool) -> None:
+def _check(path: Path, layout: dict[str, _Fused], stored: dict[str, Stored], tied: bool) -> None:
     parts = {name: shape for fused in layout.values() for name, shape, _ in fused.parts}
     if missing := sorted(set(parts) - set(stored)):
-        raise ValueError(f"expected the tensor {_some(missing)} in {path}, found none; config.json is of another model")
+        raise ValueError(f"expected the tensor {some(missing)} in {path}, found none; config.json is of another model")
     # Old checkpoints carry rotary frequencies, which follow from the configuration, or a copy of the tied embedding.
     known = {name for name in stored if name.endswith("rotary_emb.inv_freq")} | ({"lm_head.weight"} if tied else set())
     if extra := sorted(set(stored) - set(parts) - known):
-        raise ValueError(f"expected no tensor beside those of config.json, got {_some(extra)} in {path}")
+        raise ValueError(f"expected no tensor beside those of config.json, got {some(extra)} in {path}")
     for name, shape in parts.items():
         if stored[name].shape != shape:
             raise ValueError(
@@ -268,27 +206,60 @@ def _check(path: Path, layout: dict[str, _Fused], stored: dict[str, _Stored], ti
             )
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _main_dtype(layout: dict[str, _Fused], stored: dict[str, _Stored]) -> np.dtype:
+def _main_dtype(layout: dict[str, _Fused], stored: dict[str, Stored]) -> np.dtype:
     sizes = Counter()
     for tensor in (stored[name] for fused in layout.values() for name, _, _ in fused.parts):
         sizes[tensor.dtype] += math.prod(tensor.shape)
     return DTYPES[sizes.most_common(1)[0][0]]
 
 
-def _read(fused: _Fused, stored: dict[str, _Stored]) -> np.ndarray:
-    tensors = [(stored[name], index) for name, _, index in fused.parts]
-    if len(tensors) == 1:
-        return tensors[0][0].read().reshape(fused.shape)
-    whole = np.empty(fused.shape, jnp.result_type(*(DTYPES[tensor.dtype] for tensor, _ in tensors)))
-    for tensor, index in tensors:
-        whole[index] = tensor.read().reshape(whole[index].shape)
+def _read(fused: _Fused, stored: dict[str, Stored], index: tuple[slice, ...] | None = None) -> np.ndarray:
+    """Return a parameter in their order of axes, or what is at ``index`` of it; parts are never cut from each other."""
+    index = (slice(None),) * len(fused.shape) if index is None else index
+    bounds = [entry.indices(size)[:2] for entry, size in zip(index, fused.shape, strict=True)]
+    whole = None
+    for name, _, place in fused.parts:
+        shape, inner = _part(fused.shape, bounds, place)
+        read = stored[name].read(shape, inner)
+        if len(fused.parts) == 1:
+            return read
+        if whole is None:
+            dtype = jnp.result_type(*(DTYPES[stored[part].dtype] for part, _, _ in fused.parts))
+            whole = np.empty([last - first for first, last in bounds], dtype)
+        whole[place] = read
     return whole
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "dtype"))
-def _place(whole: jax.Array, axes: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-    return jnp.transpose(whole, axes).astype(dtype)
+def _part(shape: tuple[int, ...], bounds: list[tuple[int, int]], place: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the shape of the part of a parameter at ``place``, and the bounds of what is read of it."""
+    places = () if place is ... else place if isinstance(place, tuple) else (place,)
+    sizes, inner = [], []
+    for axis, size in enumerate(shape):
+        entry = places[axis] if axis < len(places) else slice(None)
+        if isinstance(entry, int):
+            continue
+        sizes.append(len(range(*entry.indices(size))))
+        inner.append(bounds[axis] if entry == slice(None) else (0, sizes[-1]))
+    return sizes, inner
+
+
+def _read_shards(fused: _Fused, stored: dict[str, Stored], sharding: NamedSharding) -> jax.Array:
+    """Return a parameter in their order of axes on a mesh; each part of it is read once, whoever holds it."""
+    known = {}
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((entry.start, entry.stop) for entry in index)
+        if key not in known:
+            known[key] = _read(fused, stored, index)
+        return known[key]
+
+    theirs = [None] * len(fused.axes)
+    for entry, axis in zip(sharding.spec, fused.axes, strict=True):
+        theirs[axis] = entry
+    return jax.make_array_from_callback(fused.shape, NamedSharding(sharding.mesh, PartitionSpec(*theirs)), read)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "dtype", "sharding"))
+def _place(whole: jax.Array, axes: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None) -> jax.Array:
+    ours = jnp.transpose(whole, axes).astype(dtype)
+    return ours if sharding is None else jax.lax.with_sharding_constraint(ours, sharding)

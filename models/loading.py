@@ -4,11 +4,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from dyninf.models.atomic import current
 from dyninf.models.checkpoint import MARKER, restore
 from dyninf.models.convert import load_hf
+from dyninf.models.sharding import Rules, placement
 from dyninf.models.transformer import Transformer
 
 _PRETRAINED = Path(__file__).parent / "pretrained"
@@ -19,23 +21,32 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(file.parent.name for file in _PRETRAINED.glob("*/config.json")))
 
 
-def load(path_or_name: str | os.PathLike, *, dtype: Any = None) -> Transformer:
+def load(
+    path_or_name: str | os.PathLike, *, dtype: Any = None, mesh: Mesh | None = None, rules: Rules | None = None
+) -> Transformer:
     """Return the model of a Hugging Face folder, of one of our checkpoints, or one that dyninf ships.
 
-    Nothing is downloaded and nothing is unpickled. A path that exists wins over a shipped name.
+    Nothing is downloaded and nothing is unpickled. A path that exists wins over a shipped name. On a mesh every process
+    reads what its own devices hold, and has about one parameter in host memory at a time.
 
     Args:
         dtype: dtype of the weights; ``None`` for the dtype they are stored in.
+        mesh: devices to split the weights over (:func:`dyninf.models.make_mesh`); ``None`` for the default device.
+        rules: what differs from ``dyninf.models.sharding.RULES``.
 
     Raises:
-        ValueError: if there is no such model, or its files are incomplete or do not fit each other.
+        ValueError: if there is no such model, its files are incomplete or do not fit each other, or it cannot be split
+            over the mesh as the rules say.
         NotImplementedError: if the model cannot be represented; names what stands in the way.
     """
+    if rules is not None and mesh is None:
+        raise ValueError("expected a mesh for the rules, got none; pass mesh=make_mesh({'tensor': 2})")
+    where = None if mesh is None else placement(mesh, rules)
     path = _find(path_or_name)
     inner = path / "model"  # of a training run
     if (inner / "config.json").is_file() and not (path / MARKER).is_file() and not (path / "config.json").is_file():
         raise ValueError(f"expected the folder of a model, got the run directory {path}; its model is {inner}")
-    return restore(path, dtype) if (path / MARKER).is_file() else load_hf(path, dtype)
+    return restore(path, dtype, where) if (path / MARKER).is_file() else load_hf(path, dtype, where)
 
 
 def load_tokenizer(path_or_name: str | os.PathLike) -> Tokenizer:

@@ -1,7 +1,8 @@
 """Strict settings for every test, the fixtures that all tests share, and a note on what could not be tested.
 
-Tests run on the CPU unless JAX_PLATFORMS says otherwise (make test-gpu sets it). An implicit rank promotion raises,
-matrix products run at the highest precision, and warnings are errors (pyproject.toml).
+Tests run on the CPU unless JAX_PLATFORMS says otherwise (make test-gpu sets it), which simulates eight devices for what
+is laid out on a mesh; all else runs on the first. An implicit rank promotion raises, matrix products run at the highest
+precision, and warnings are errors (pyproject.toml).
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Any
 # Read by jax and libtpu when they are imported: do not look for accelerators that the default run does not use.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("NPROC", "16")  # threads of the CPU client: a device that waits, in LAPACK too, keeps one
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several test processes compile for TPUs at once
 
 import jax
@@ -37,6 +39,9 @@ OPTIONAL = {
 def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_num_cpu_devices", 8)
+    # Programs in flight together take threads from each other, and collectives wait for all eight devices.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def pytest_report_header(config):
@@ -80,9 +85,18 @@ def rng(request):
 @pytest.fixture(scope="session")
 def tiny_model():
     """A random transformer of 6 layers with sharp predictions that change from layer to layer, so that exits differ."""
-    config = ModelConfig(
-        vocab_size=61, num_layers=6, d_model=24, d_ff=40, num_heads=6, num_kv_heads=2, head_dim=8, max_length=64
-    )
+    sizes = {"vocab_size": 61, "d_model": 24, "d_ff": 40, "num_heads": 6, "num_kv_heads": 2, "head_dim": 8}
+    return _sharp(ModelConfig(**sizes, num_layers=6, max_length=64))
+
+
+@pytest.fixture(scope="session")
+def even_model():
+    """The same with sizes that eight devices split evenly, but for the key/value heads, which four do."""
+    sizes = {"vocab_size": 64, "d_model": 24, "d_ff": 40, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
+    return _sharp(ModelConfig(**sizes, num_layers=6, max_length=64))
+
+
+def _sharp(config):
     sharper = {"embedding": 50, "unembedding": 60, "wqkv": 10, "w_gate_up": 10, "wo": 60, "w_down": 60}
 
     def scale(path, leaf):
@@ -90,6 +104,12 @@ def tiny_model():
         return leaf * next((sharper[name] for name in names if name in sharper), 1)
 
     return jax.tree_util.tree_map_with_path(scale, Transformer(config, jax.random.key(0)))
+
+
+@pytest.fixture(scope="session")
+def roller():
+    """The class :class:`Roll`, for tests that roll another model."""
+    return Roll
 
 
 @pytest.fixture(scope="session")

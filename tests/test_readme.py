@@ -11,13 +11,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)), ids=["shipped_model", "own_model"])
+@pytest.mark.parametrize("number", range(len(SNIPPETS)), ids=["shipped_model", "own_model", "many_devices"])
 def test_snippet_runs_as_printed(number, tmp_path):
     script = tmp_path / "snippet.py"
     script.write_text(SNIPPETS[number], encoding="utf-8")
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path, timeout=240)
     assert result.returncode == 0, result.stderr
-    expected = ("layers_needed", "of 6 layers")[number]
+    expected = ("layers_needed", "of 6 layers", "'tensor'")[number]
     assert expected in result.stdout
 
 

@@ -24,7 +24,7 @@ class Loaded:
     name: str
     folder: Path
     dtype: str
-    model: models.Transformer
+    model: models.Transformer | models.MeshModel
     tokenizer: Tokenizer
 
 
@@ -35,6 +35,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), help="dtype of the weights (default: float32 on CPU, else bfloat16)"
+    )
+
+
+def add_mesh_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--mesh``."""
+    parser.add_argument(
+        "--mesh",
+        metavar="NAME=SIZE,...",
+        help="split the model over devices: tensor=4 or tensor=4,fsdp=2 (default: one)",
     )
 
 
@@ -62,10 +71,12 @@ def model_folder(name: str) -> Path:
 
 
 def load(arguments: argparse.Namespace) -> Loaded:
-    """Load the model and tokenizer that the options name."""
+    """Load the model and tokenizer that the options name, onto the mesh that ``--mesh`` asks for if there is one."""
     name = model_name(arguments.model)
     dtype = arguments.dtype or default_dtype()
-    model = models.load(name, dtype=DTYPES[dtype])
+    mesh = None if getattr(arguments, "mesh", None) is None else models.make_mesh(models.parse_mesh(arguments.mesh))
+    model = models.load(name, dtype=DTYPES[dtype], mesh=mesh)
+    model = model if mesh is None else models.on_mesh(model, mesh)
     tokenizer = models.load_tokenizer(name)
     return Loaded(name=name, folder=model_folder(name), dtype=dtype, model=model, tokenizer=tokenizer)
 

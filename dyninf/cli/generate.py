@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dyninf
-from dyninf.cli.common import Loaded, add_model_options, bucket, check_positive, load
+from dyninf.cli.common import Loaded, add_mesh_option, add_model_options, bucket, check_positive, load
 from dyninf.cli.plan_options import add_plan_options, check_plan, read_plan
 from dyninf.cli.quality import dense_agreement
 from dyninf.cli.sampler_options import add_sampler_options, with_sampler
@@ -49,6 +49,7 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
     source.add_argument("--prompt", metavar="TEXT", help='the text to continue; "-" reads standard input')
     source.add_argument("--file", metavar="FILE", help='a file with the text to continue; "-" reads standard input')
     add_model_options(parser)
+    add_mesh_option(parser)
     add_plan_options(parser, default="exit_confidence")
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help=f"stop after N tokens (default: {DEFAULT_NEW_TOKENS})"

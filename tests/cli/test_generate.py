@@ -41,6 +41,25 @@ def test_text_and_numbers_are_those_of_the_library(plan, folder, loaded, capsys)
     assert err.count("\n") == 1
 
 
+def test_a_mesh_changes_no_text(folder, capsys):
+    want = generate(folder, capsys, "--prompt", PROMPT, "--plan", "exit_half")[1]
+    assert generate(folder, capsys, "--prompt", PROMPT, "--plan", "exit_half", "--mesh", "tensor=2,data=2")[1] == want
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("tensor", "expected a mesh as NAME=SIZE,... with each of data, fsdp, sequence, tensor at most once"),
+        ("tensor=16", "expected a mesh of 1 to 8 devices, got tensor=16 = 16"),
+        ("tensor=4", "expected the axis 'vocab' of embedding to divide by tensor=4, got 290"),
+    ],
+    ids=["format", "devices", "vocabulary"],
+)
+def test_a_mesh_that_cannot_be_had_is_one_line(mesh, message, folder, capsys):
+    status, _, err = generate(folder, capsys, "--prompt", PROMPT, "--mesh", mesh)
+    assert status != 0 and message in err and err.count("\n") == 1
+
+
 def test_agreement_is_that_of_a_forced_dense_model(folder, loaded, capsys):
     ids, tokens, _ = expected(loaded, plans(4)["exit_half"])
     logits = dyninf.forward(loaded[0], np.asarray([ids + tokens])).logits[0]

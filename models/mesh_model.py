@@ -1,0 +1,148 @@
+"""A model whose computation is laid out on a mesh: what ``generate`` and the rest are handed to run on many devices.
+
+XLA partitions a program by the shardings of its inputs and guesses the rest. :class:`MeshModel` says what the rest is
+to be, from where a model stands: tokens and states are split by batch, queries, keys, values and the caches that
+``attend`` returns by batch and heads, logits by vocabulary. Everything that decides (depth policies, samplers, what is
+read of a cache) follows from states that all devices of the tensor axis hold alike, so that all decide alike. The
+mesh is part of the pytree's structure, so that a program is compiled anew for another one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dyninf.models.sharding import Placement, Rules, cache_axes, placement
+from dyninf.pytree import pytree
+
+_STATES = ("batch", "length", None)
+_KEYS = ("batch", "length", "kv_heads", None)
+_QUERIES, _WHOLE = ("batch", "length", "heads", None), ("batch", "length", None, None)
+
+
+@pytree(static=("where",))
+class MeshLayer:
+    """One decoder layer on a mesh; see :mod:`dyninf.models.mesh_model`."""
+
+    layer: Any
+    where: Placement
+
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, attend: Callable) -> tuple[jax.Array, Any]:
+        """Return the layer's output ``[B, T, D]`` and what ``attend`` carries along."""
+        constrain = self.where.constrain
+
+        def attend_on_mesh(q_BTNH, k_BTKH, v_BTKH, **options):
+            # Queries lie with the keys they read: those of replicated keys would pull parts of a cache to and fro.
+            queries = _QUERIES if self.where.splits("kv_heads", k_BTKH.shape[2]) else _WHOLE
+            k_BTKH, v_BTKH = constrain(k_BTKH, _KEYS), constrain(v_BTKH, _KEYS)
+            o_BTNH, carry = attend(constrain(q_BTNH, queries), k_BTKH, v_BTKH, **options)
+            return constrain(o_BTNH, queries), constrain_cache(carry, self.where)
+
+        x_BTD, carry = self.layer(constrain(x_BTD, _STATES), positions_BT, attend_on_mesh)
+        return constrain(x_BTD, _STATES), carry
+
+    def project_kv(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the keys and values ``[B, T, K, H]`` the layer would write for a state."""
+        k_BTKH, v_BTKH = self.layer.project_kv(self.where.constrain(x_BTD, _STATES), positions_BT)
+        return self.where.constrain(k_BTKH, _KEYS), self.where.constrain(v_BTKH, _KEYS)
+
+
+@pytree(static=("where",))
+class MeshStack:
+    """Stacked layers on a mesh: a sequence of layers that also decode by index."""
+
+    layers: Any
+    where: Placement
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self.layers)
+
+    def __getitem__(self, index: int | slice) -> MeshLayer | list[MeshLayer]:
+        """Return one layer, or several."""
+        found = self.layers[index]
+        if isinstance(index, slice):
+            return [MeshLayer(layer=layer, where=self.where) for layer in found]
+        return MeshLayer(layer=found, where=self.where)
+
+    def __iter__(self) -> Iterator[MeshLayer]:
+        """Yield the layers in order."""
+        return (self[index] for index in range(len(self)))
+
+    def decode(
+        self, x_BD: jax.Array, k_LBSKH: jax.Array, v_LBSKH: jax.Array, positions_B: jax.Array, **schedule: Any
+    ) -> Any:
+        """Run layers on one token of each sequence; see :meth:`dyninf.models.StackedLayers.decode`."""
+        out = self.layers.decode(x_BD, k_LBSKH, v_LBSKH, positions_B, **schedule)
+        changed = constrain_cache(_Stacked(k=out.k_LBSKH, v=out.v_LBSKH), self.where)
+        x_BD = self.where.constrain(out.x_BD, ("batch", None))
+        return dataclasses.replace(out, x_BD=x_BD, k_LBSKH=changed.k, v_LBSKH=changed.v)
+
+
+@pytree(static=("where",))
+class MeshModel:
+    """A model on a mesh: all that dyninf asks of a model; :func:`on_mesh` makes it."""
+
+    model: Any
+    where: Placement
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the model, ``None`` if it has none."""
+        return getattr(self.model, "config", None)
+
+    @property
+    def layers(self) -> Sequence[MeshLayer]:
+        """The layers, each laid out on the mesh."""
+        if hasattr(self.model.layers, "decode"):
+            return MeshStack(layers=self.model.layers, where=self.where)
+        return tuple(MeshLayer(layer=layer, where=self.where) for layer in self.model.layers)
+
+    @property
+    def readout(self) -> Callable | None:
+        """What the logits of states say, if the model knows."""
+        return getattr(self.model, "readout", None)
+
+    def lay_out(self, cache: Any) -> Any:
+        """Return an empty cache split by batch and heads, layers that no token will run included."""
+        return constrain_cache(cache, self.where)
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """Return the states ``[B, T, D]`` that enter the first layer."""
+        tokens_BT = self.where.constrain(tokens_BT, ("batch", "length"))
+        return self.where.constrain(self.model.embed(tokens_BT), _STATES)
+
+    def unembed(self, x_BTD: jax.Array) -> jax.Array:
+        """Return logits ``[B, T, V]`` of the states of any layer."""
+        return self.where.constrain(self.model.unembed(x_BTD), ("batch", "length", "vocab"))
+
+
+@pytree()
+class _Stacked:
+    k: jax.Array
+    v: jax.Array
+
+
+def on_mesh(model: Any, mesh: Mesh, rules: Rules | None = None) -> MeshModel:
+    """Return the model as it is run on a mesh: hand it to ``generate``, ``prefill``, ``decode_step`` or ``forward``.
+
+    The weights stay where they are: :func:`dyninf.models.load` and :func:`dyninf.models.place` put them on the mesh.
+    Any model that dyninf runs can be had on a mesh. A batch that does not divide by the axes that split it is computed
+    by all devices alike.
+
+    Raises:
+        ValueError: if the rules do not fit the mesh.
+    """
+    return MeshModel(model=model, where=placement(mesh, rules))
+
+
+def constrain_cache(cache: Any, where: Placement) -> Any:
+    """Ask for the shardings of the arrays of a cache that the table has."""
+
+    def one(path: tuple, leaf: jax.Array) -> jax.Array:
+        axes = cache_axes(path, leaf.ndim)
+        return leaf if axes is None else where.constrain(leaf, axes)
+
+    return jax.tree_util.tree_map_with_path(one, cache)
