@@ -82,8 +82,9 @@ def answer(
         shape, requests = item
         if all(request.line in done for request in requests):
             continue
-        # Only when the batch before has ended: together their caches could be more than the memory holds.
-        ended = None if running is None else jax.block_until_ready(running)
+        ended = running
+        if ended is not None:  # together the caches of two batches could be more than the memory holds
+            jax.block_until_ready(ended.tokens)
         running = _start(loaded, requests, shape, settings)
         yield faults + ([] if ended is None else _rows(loaded, ended, done))
         faults = []
