@@ -14,10 +14,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dyninf.models.sharding import Placement, Rules, cache_axes, placement
+from dyninf.models.sharding import CACHES, Placement, Rules, cache_axes, placement
 from dyninf.pytree import pytree
 
 _STATES = ("batch", "length", None)
+_STACKED = ("layers", *CACHES["k"])
 _KEYS = ("batch", "length", "kv_heads", None)
 _QUERIES, _WHOLE = ("batch", "length", "heads", None), ("batch", "length", None, None)
 
@@ -76,9 +77,9 @@ class MeshStack:
     ) -> Any:
         """Run layers on one token of each sequence; see :meth:`dyninf.models.StackedLayers.decode`."""
         out = self.layers.decode(x_BD, k_LBSKH, v_LBSKH, positions_B, **schedule)
-        changed = constrain_cache(_Stacked(k=out.k_LBSKH, v=out.v_LBSKH), self.where)
+        k_LBSKH, v_LBSKH = (self.where.constrain(part, _STACKED) for part in (out.k_LBSKH, out.v_LBSKH))
         x_BD = self.where.constrain(out.x_BD, ("batch", None))
-        return dataclasses.replace(out, x_BD=x_BD, k_LBSKH=changed.k, v_LBSKH=changed.v)
+        return dataclasses.replace(out, x_BD=x_BD, k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH)
 
 
 @pytree(static=("where",))
@@ -117,12 +118,6 @@ class MeshModel:
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
         """Return logits ``[B, T, V]`` of the states of any layer."""
         return self.where.constrain(self.model.unembed(x_BTD), ("batch", "length", "vocab"))
-
-
-@pytree()
-class _Stacked:
-    k: jax.Array
-    v: jax.Array
 
 
 def on_mesh(model: Any, mesh: Mesh, rules: Rules | None = None) -> MeshModel:

@@ -91,13 +91,16 @@ class Placement:
         """Return the axes of the mesh, of more than one device, that split a logical axis."""
         return tuple(name for name in dict(self.rules).get(axis, ()) if self.mesh.shape[name] > 1)
 
-    def sharding(self, name: str, axes: Axes, shape: Sequence[int], heads: Mapping[str, int] | None = None):
+    def sharding(
+        self, name: str, axes: Axes, shape: Sequence[int], whole: Mapping[str, int] | None = None
+    ) -> NamedSharding:
         """Return the sharding of an array.
 
         Args:
             name: of the array, for messages.
             axes: a logical axis for each of its axes, ``None`` for those that are never split.
-            heads: numbers of heads, for arrays that join their axis with others.
+            whole: number of parts of a logical axis that must not be cut, such as heads, where arrays join it with
+                others; ``None`` where every axis stands for itself.
 
         Raises:
             ValueError: if two of the axes are split by the same axis of the mesh, or a size does not divide.
@@ -112,7 +115,7 @@ class Placement:
                         f"{axis!r}; change the rules"
                     )
                 taken[used] = axis
-            entries.append(self._entry(name, axis, size, (heads or {}).get(axis, size), names))
+            entries.append(self._entry(name, axis, size, (whole or {}).get(axis, size), names))
         return NamedSharding(self.mesh, PartitionSpec(*entries))
 
     def splits(self, axis: str, size: int) -> bool:
@@ -199,8 +202,8 @@ def parameter_shardings(
     shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where: Placement
 ) -> dict[str, NamedSharding]:
     """Return the shardings of parameters by their names; see :func:`model_shardings`."""
-    heads = {"heads": config.num_heads, "kv_heads": config.num_kv_heads, "mlp": config.d_ff}
-    return {name: where.sharding(name, parameter_axes(name), shape, heads) for name, shape in shapes.items()}
+    whole = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
+    return {name: where.sharding(name, parameter_axes(name), shape, whole) for name, shape in shapes.items()}
 
 
 def parameter_axes(name: str) -> Axes:
