@@ -41,7 +41,8 @@ PLANS = {**plans(L), "exit_catch_up": Plan(depth=every(Confidence(threshold=0.9)
 NAMES = sorted(PLANS)
 STATIC = {name for name in NAMES if PLANS[name].depth.static_layers(L) is not None}
 # Differ from a plan beside them by how they score or when they do: held to the laws in slow runs.
-ALIKE = {"decay_linear", "exit_budget", "exit_calm", "exit_entropy", "exit_margin", "exit_mue", "evict_hash"}
+ALIKE = {"evict_pyramid_kv", "exit_capped", "exit_patience", "select_shared", "sparse_pooled_blocks"}
+ALIKE |= {"decay_linear", "exit_budget", "exit_calm", "exit_entropy", "exit_margin", "exit_mue", "evict_hash"}
 ALIKE |= {"evict_recent", "select_reused", "sparse_lazy", "sparse_power", "sparse_tri_shape", "sparse_zip_vl"}
 ALIKE |= {f"sparse_{policy}" for policy in ("flex_prefill", "vertical_slash", "x_attention")}
 ALIKE |= {f"select_{scorer}" for scorer in ("act_qkv", "long", "mp_cache", "page_mean", "retrieval", "votes")}

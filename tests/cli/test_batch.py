@@ -136,6 +136,7 @@ def test_few_programs_serve_all_lengths(folder, tmp_path):
     assert all(len(row["tokens"]) <= lines[row["line"] - 1]["max_new_tokens"] for row in rows_of(target))
 
 
+@pytest.mark.slow
 def test_exits_answer_as_alone(folder, loaded, tmp_path):
     change = "depth.threshold=0.5"
     plan = read_plan("exit_confidence", [change], 4)

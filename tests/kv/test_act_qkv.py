@@ -37,6 +37,7 @@ def model():
     return Transformer(ModelConfig(**sizes, head_dim=8, max_length=96, tie_embeddings=True), jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_layers_read_by_their_own_budgets(model):
     tokens = jnp.asarray(np.random.default_rng(5).integers(0, 64, (2, 40)), jnp.int32)
     entropies = score_entropies(model, tokens, ActQKV(page_size=4))
