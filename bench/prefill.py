@@ -2,7 +2,8 @@
 
 One layer's attention of ``--heads`` query and ``--kv-heads`` key/value heads. Four studies:
 
-- ``dense``: causal attention by each implementation, and by PyTorch where it is installed.
+- ``dense``: causal attention by each implementation, and by PyTorch where it is installed; of prompts of 512K tokens and
+  more only the last 8192 queries, by cuDNN without a mask.
 - ``blocks``: lists of random blocks of 128 keys, each with its first and its own block; a case is TOKENSxPERCENT of the
   causal blocks.
 - ``a_shape``: 128 sinks and a window of 4096 tokens.
@@ -36,6 +37,7 @@ from dyninf.sparsity import PromptObs
 from dyninf.timing import measure
 from pallas_kernels import BlockIndex, block_sparse_attention, prefill_attention
 
+LONG, SLICE = 2**19, 8192  # tokens from which dense attention is timed on a slice of so many queries
 SECONDS = 0.1  # that repeated calls take together
 REPEATS = 7
 POLICIES = {
@@ -122,17 +124,23 @@ def _write(arguments, name, case, row, flops, facts) -> None:
 
 def dense_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
     """Return causal attention by each implementation."""
-    inputs = random_inputs(case[0], arguments)
-    return [
-        Program(
-            name=name,
-            case=case,
-            function=lambda q, k, v, name=name: prefill_attention(q, k, v, None, implementation=name),
-            arguments=inputs,
-            flops=dense_flops(case[0], arguments),
-            facts={},
-        )
+    q, k, v = random_inputs(case[0], arguments)
+    flops, facts = dense_flops(case[0], arguments), {}
+    ways = {
+        name: lambda q, k, v, name=name: prefill_attention(q, k, v, None, implementation=name)
         for name in ("mosaic_gpu", "cudnn")
+    }
+    if case[0] >= LONG:
+        first = case[0] - SLICE
+        q, facts = q[:, first:], {"slice": SLICE}
+        flops *= 1 - (first / case[0]) ** 2
+        ways = {
+            "mosaic_gpu": lambda q, k, v: prefill_attention(q, k, v, None, offset=first, implementation="mosaic_gpu"),
+            "cudnn": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="cudnn"),
+        }
+    return [
+        Program(name=name, case=case, function=way, arguments=(q, k, v), flops=flops, facts=facts)
+        for name, way in ways.items()
     ]
 
 

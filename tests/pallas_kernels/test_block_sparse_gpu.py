@@ -1,6 +1,7 @@
 """The Hopper kernel of prefill: lowered for CUDA anywhere, against the reference on a GPU, and what it refuses."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -102,8 +103,13 @@ def within(got, want, low, valid):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cores", [None, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_agrees_with_the_reference(rng, name):
+def test_agrees_with_the_reference(rng, name, cores, monkeypatch):
+    if cores is not None:  # every block of threads takes several tiles
+        monkeypatch.setattr(mosaic_gpu, "UNEVEN", 1)
+        for kernel in ("block_sparse_attention", "prefill_attention"):
+            monkeypatch.setattr(mosaic_gpu, kernel, functools.partial(getattr(mosaic_gpu, kernel), cores=cores))
     case = CASES[name]
     arrays, index, lengths = make(case, rng)
     wide = [array.astype(jnp.float32) for array in arrays]
