@@ -62,6 +62,8 @@ def _policy_rows(mine, rows):
             next((row for row in mine if row["case"][0] == tokens and row["program"] == f"{name}_{part}"), None)
             for part in ("select", "attend")
         )
+        if select is None or attend is None:
+            continue
         total, dense = select["ms"] + attend["ms"], _dense(rows, tokens)
         lines.append(
             [
