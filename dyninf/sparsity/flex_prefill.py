@@ -10,7 +10,7 @@ that the last queries attend to, blocks are taken by their mass, as many as the 
 and one more. All heads take the first column, the diagonal and ``min_budget`` of both kinds at least.
 
 Cost: probabilities of the last queries, ``2 * block_size * S * H`` FLOPs a head, and means of all queries and keys,
-which are read once; for query-aware heads 31 passes over their R x C map. Heads are looked at in groups, so that their
+which are read once; for query-aware heads 15 passes over their R x C map. Heads are looked at in groups, so that their
 maps take no more than 134 MB. Exact when ``min_budget`` and the budget are all blocks.
 
 The rules are those of the authors' code, which chooses the same blocks where the budget cuts nothing off, with these
@@ -68,14 +68,15 @@ class FlexPrefill(SparsityPolicy):
         heads_X = jnp.arange(batch * num_heads)
 
         def look(heads_X):
-            return self._look(obs, k_BCKH, ends_B, heads_X)
+            return self._look(obs, ends_B, heads_X)
 
         def choose(heads_X, column_XC, diagonal_XC, aware_X):
             map_inputs = (q_BRNH, k_BCKH, ends_B)
             return self._choose(map_inputs, obs.offset, heads_X, column_XC, diagonal_XC, aware_X)
 
         looked = _map_groups(look, self.block_size * obs.k_BSKH.shape[1], heads_X)
-        chosen = _map_groups(choose, rows * blocks, heads_X, *looked)
+        judged = self._judge(k_BCKH, ends_B, heads_X, *looked)
+        chosen = _map_groups(choose, rows * blocks, heads_X, *judged)
         counts, listed, wanted = (part.reshape(batch, num_heads, *part.shape[1:]) for part in chosen)
         return Selected(index=BlockIndex(counts=counts, blocks=listed, block_size=self.block_size), wanted=wanted)
 
@@ -85,8 +86,8 @@ class FlexPrefill(SparsityPolicy):
         require_number("gamma", self.gamma, 0.0, 1.0)
         require_number("tau", self.tau, 0.0, 1.0)
 
-    def _look(self, obs: PromptObs, k_BCKH: jax.Array, ends_B: jax.Array, heads_X: jax.Array):
-        """Return the mass of the columns and diagonals that heads take, below 0 for others, and who is query-aware."""
+    def _look(self, obs: PromptObs, ends_B: jax.Array, heads_X: jax.Array):
+        """Return what the last queries attend to by column and by diagonal ``[X, S]``, and their mean ``[X, H]``."""
         size, num_heads = self.block_size, obs.q_BTNH.shape[2]
         sequence_X, head_X = heads_X // num_heads, heads_X % num_heads
         end_X, kv_X = ends_B[sequence_X], head_X // (num_heads // obs.k_BSKH.shape[2])
@@ -102,8 +103,14 @@ class FlexPrefill(SparsityPolicy):
         seen_XIS = (slots_1S[None] <= position_XI[:, :, None]) & live_XI[:, :, None]
         weights_XIS = _softmax(_products(q_XIH, k_XSH), seen_XIS)
         queries_X1 = jnp.maximum(jnp.sum(live_XI, axis=1, keepdims=True), 1)
-        by_column_XS = jnp.sum(weights_XIS, axis=1) / queries_X1
-        by_diagonal_XS = _sum_diagonals(weights_XIS) / queries_X1
+        mean_XH = jnp.sum(q_XIH.astype(jnp.float32), axis=1) / queries_X1
+        return jnp.sum(weights_XIS, axis=1) / queries_X1, _sum_diagonals(weights_XIS) / queries_X1, mean_XH
+
+    def _judge(self, k_BCKH, ends_B, heads_X, by_column_XS, by_diagonal_XS, mean_XH):
+        """Return the mass of the columns and diagonals that heads take, below 0 for others, and who is query-aware."""
+        size, num_heads = self.block_size, heads_X.shape[0] // ends_B.shape[0]
+        sequence_X, head_X = heads_X // num_heads, heads_X % num_heads
+        end_X, kv_X = ends_B[sequence_X], head_X // (num_heads // k_BCKH.shape[2])
         columns_X, diagonals_X = ((count_cover(x, self.gamma) + 1) // size + 1 for x in (by_column_XS, by_diagonal_XS))
         column_XC, diagonal_XC = _pool(by_column_XS, size), _pool(by_diagonal_XS, size)
 
@@ -113,7 +120,6 @@ class FlexPrefill(SparsityPolicy):
         from_end_XC = jnp.clip(blocks_X1 - 1 - jnp.arange(column_XC.shape[1])[None], 0)
         diagonal_XC = jnp.take_along_axis(diagonal_XC, from_end_XC, axis=1)
 
-        mean_XH = jnp.sum(q_XIH.astype(jnp.float32), axis=1) / queries_X1
         estimate_X1C = _products(mean_XH[:, None], k_BCKH[sequence_X, :, kv_X].astype(jnp.float32))
         estimate_XC = _softmax(estimate_X1C[:, 0], exists_XC)
         aware_X = _distance(estimate_XC, column_XC) < self.tau
