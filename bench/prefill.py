@@ -2,13 +2,14 @@
 
 One layer's attention of ``--heads`` query and ``--kv-heads`` key/value heads. Four studies:
 
-- ``dense``: causal attention by each implementation, and by PyTorch where it is installed; of prompts of 512K tokens and
-  more only the last 8192 queries, by cuDNN without a mask.
+- ``dense``: causal attention by each implementation, and by PyTorch where it is installed; from 512K tokens on that of
+  the last 8192 queries only, by cuDNN without a mask.
 - ``blocks``: lists of random blocks of 128 keys, each with its first and its own block; a case is TOKENSxPERCENT of the
   causal blocks.
 - ``a_shape``: 128 sinks and a window of 4096 tokens.
 - ``policies``: what each policy of sparse prefill takes to choose blocks, and attention to them; on queries and keys
   that attend to their neighbours, the first tokens and some stripes (``planted``), as random ones attend to everything.
+  ``error`` is the distance of the output to that of dense attention by its norm.
 
 FLOPs are those of the blocks that are attended to, and of half the square for dense attention. All programs of a run
 are compiled at the same time, then timed one after the other. The peers of PyTorch (cuDNN, and FlexAttention with full
@@ -174,6 +175,7 @@ def policy_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
     blocks = -(-case[0] // BLOCK)
     causal = arguments.heads * blocks * (blocks + 1) / 2
     programs = []
+    dense = jax.jit(prefill_attention)(q, k, v, None) if case[0] < LONG else None
     wanted = None if arguments.only is None else arguments.only.split(",")
     for name, make in POLICIES.items():
         if wanted is not None and not {f"{name}_select", f"{name}_attend"} & set(wanted):
@@ -191,12 +193,20 @@ def policy_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
         options = {"window": selected.window, "sinks": selected.sinks}
         attend = functools.partial(block_sparse_attention, **options)
         flops = 4 * pairs * BLOCK**2 * arguments.head_dim
+        if dense is not None:
+            facts["error"] = round(float(_distance(jax.jit(attend)(q, k, v, index), dense)), 4)
         choose = Program(name=f"{name}_select", case=case, function=select, arguments=(q, k), flops=0, facts=facts)
         run = Program(
             name=f"{name}_attend", case=case, function=attend, arguments=(q, k, v, index), flops=flops, facts=facts
         )
         programs += [choose, run]
     return programs
+
+
+@jax.jit
+def _distance(output: jax.Array, wanted: jax.Array) -> jax.Array:
+    output, wanted = output.astype(jnp.float32), wanted.astype(jnp.float32)
+    return jnp.linalg.norm((output - wanted).ravel()) / jnp.linalg.norm(wanted.ravel())
 
 
 def observe(q_BTNH: jax.Array, k_BTKH: jax.Array) -> PromptObs:

@@ -7,6 +7,13 @@ PROGRAMS = {
     "cudnn": "`jax.nn.dot_product_attention`, cuDNN",
     "torch_cudnn": "PyTorch, cuDNN",
 }
+PEERS = {  # official code -> policy
+    "minference_a_shape": "a_shape",
+    "minference_vertical_slash": "vertical_slash",
+    "minference_block_sparse": "pooled_blocks",
+    "flexprefill": "flex_prefill",
+    "xattention": "x_attention",
+}
 
 
 def prefill_table(study: str) -> str:
@@ -21,6 +28,52 @@ def prefill_table(study: str) -> str:
     where = f"\nOne sequence, {about['heads']} query and {about['kv_heads']} key/value heads of {about['head_dim']}, "
     where += f"{about['dtype']}, {inputs}, {about['device']}, jax {about['jax']}, {commits(mine)}.\n"
     return table(head, lines) + where
+
+
+def peers_table() -> str:
+    """Return what the official code of other projects takes on the same inputs, beside the policies."""
+    peers, ours = read_rows("prefill_peers_h200"), read_rows("prefill_h200")
+    lines = []
+    for tokens in dict.fromkeys(row["case"][0] for row in peers):
+        for name, policy in PEERS.items():
+            official, own = (
+                {
+                    row["program"].removeprefix(f"{program}_"): row
+                    for row in rows
+                    if row["case"] == [tokens] and row["program"].rsplit("_", 1)[0] == program
+                }
+                for rows, program in ((peers, name), (ours, policy))
+            )
+            select, attend, total = (official.get(part) for part in ("select", "attend", "total"))
+            about, together = total or select, own["select"]["ms"] + own["attend"]["ms"]
+            lines.append(
+                [
+                    f"{tokens}",
+                    f"{name}, {100 * about['density']:.1f} %",
+                    *(f"{row['ms']:.1f}" if row else "" for row in (select, attend, total)),
+                    f"{about['error']:.3f}" if "error" in about else "",
+                    f"{policy}, {100 * own['select']['density']:.1f} %",
+                    *(f"{ms:.1f}" for ms in (own["select"]["ms"], own["attend"]["ms"], together)),
+                    f"{own['attend']['error']:.3f}",
+                    f"{total['ms'] / together:.1f}x" if total else "",
+                ]
+            )
+    head = ["tokens", "official, causal blocks", "choosing, ms", "attention", "its function", "error"]
+    head += ["dyninf, causal blocks", "choosing, ms", "attention", "together", "error", "faster"]
+    row = peers[0]
+    where = f"\nPlanted patterns, {row['device']}, PyTorch {row['torch']}, Triton {row['triton']}, {commits(peers)}.\n"
+    return table(head, lines) + where
+
+
+def prompt_table() -> str:
+    """Return the time until a whole model has read a prompt."""
+    rows, lines = read_rows("prompt_h200"), []
+    for row in rows:
+        plan = row["plan"].replace("@sparsity.", ", ")
+        lines.append([f"{row['prompt']}", plan, f"{row['median_ms']:.0f}", f"{row['speedup']:.2f}x"])
+    about = f"\nShape of {rows[0]['model']} with random weights, {rows[0]['dtype']}, one prompt of random tokens, "
+    about += f"{rows[0]['device']}, jax {rows[0]['jax']}, {commits(rows)}.\n"
+    return table(["tokens", "plan", "ms to the first token", "speed-up"], lines) + about
 
 
 def _dense_rows(mine, rows):

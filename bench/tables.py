@@ -266,6 +266,8 @@ TABLES = {
     "prefill_dense": lambda: prefill_tables.prefill_table("dense"),
     "prefill_blocks": lambda: prefill_tables.prefill_table("blocks"),
     "prefill_policies": lambda: prefill_tables.prefill_table("policies"),
+    "prefill_peers": prefill_tables.peers_table,
+    "prompt": prefill_tables.prompt_table,
     **{f"budgets_{study}": partial(budgets_table, study) for study in ("tasks", "nll", "mass")},
     **{f"sparse_quality_{study}": partial(sparse_tables.sparse_table, study) for study in ("tasks", "mass")},
 }
