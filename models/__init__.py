@@ -12,6 +12,7 @@ from dyninf.models.mesh_model import MeshModel as MeshModel
 from dyninf.models.mesh_model import on_mesh as on_mesh
 from dyninf.models.meshes import make_mesh as make_mesh
 from dyninf.models.meshes import parse_mesh as parse_mesh
+from dyninf.models.random_weights import random_model as random_model
 from dyninf.models.sharding import cache_shardings as cache_shardings
 from dyninf.models.sharding import model_shardings as model_shardings
 from dyninf.models.sharding import place as place

@@ -4,6 +4,7 @@ That of decode steps, or the time until a prompt of random tokens has given its 
 """
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,10 +19,12 @@ import dyninf
 from dyninf import models
 from dyninf.cli.common import (
     DTYPES,
+    add_mesh_option,
     add_model_options,
     check_output,
     check_positive,
     default_dtype,
+    mesh_of,
     model_name,
     progress,
     table_console,
@@ -36,6 +39,7 @@ examples:
   dyninf bench --shape tiny --batch 1,4 --context 256
   dyninf bench --shape llama3-8b --batch 1,8 --context 2048 --plans dense,unified_skip --jsonl rows.jsonl
   dyninf bench --shape llama3-8b --prompt 8192 --plans dense,sparse_a_shape
+  dyninf bench --shape llama3-8b --mesh tensor=2 --batch 1,8 --context 2048 --plans dense,unified_skip
 
 The cache and the tokens fed are random, so plans that look at the text mostly run every layer here: this measures
 what a step costs. "dyninf compare" measures what a plan saves on real text.
@@ -51,6 +55,7 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
     )
     add_model_options(parser)
+    add_mesh_option(parser)
     parser.add_argument("--shape", metavar="NAME", help=f"random weights of a known shape: {', '.join(shapes())}")
     parser.add_argument("--plans", default="dense", metavar="A,B", help="named plans, as for compare (default: dense)")
     parser.add_argument("--batch", default="1", metavar="B,B", help="batch sizes (default: 1)")
@@ -100,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         for batch, plan_name in bar.track([(b, p) for b in batches for p in plans], description="timing"):
             timed = time(model, plans[plan_name], batch, arguments)
             rows.append({"bench": bench, "model": name, "plan": plan_name, "dtype": dtype, "batch": batch, **timed})
-    about = describe_run(model)
+    about = describe_run(model) | ({} if arguments.mesh is None else {"mesh": arguments.mesh})
     for row in rows:
         dense = [other for other in rows if other["plan"] == "dense" and other["batch"] == row["batch"]]
         row["speedup"] = dense[0]["median_ms"] / row["median_ms"] if dense else None
@@ -129,7 +134,13 @@ def _time(model: models.Transformer, plan: dyninf.Plan, batch: int, arguments: a
     def begin() -> dyninf.DecodeState:  # made anew for each run, as two states may not fit in memory
         return random_state(model, plan, batch=batch, length=arguments.filled, capacity=context, key=key)
 
-    timing = measure(decode, warmup=1, repeats=arguments.repeats, setup=begin)
+    def placed() -> dyninf.DecodeState:
+        state, mesh = begin(), mesh_of(arguments)
+        if mesh is None:
+            return state
+        return dataclasses.replace(state, cache=jax.device_put(state.cache, models.cache_shardings(state.cache, mesh)))
+
+    timing = measure(decode, warmup=1, repeats=arguments.repeats, setup=placed)
     timing, means = timing.per(steps), dyninf.summarize(spent[0])
     pages = summary_bytes(jax.eval_shape(begin).cache) * arguments.filled / context
     num_bytes = bytes_per_step(model, means, batch) + pages * means["layers_run"] / len(model.layers)
@@ -167,15 +178,21 @@ def _time_prompt(model: models.Transformer, plan: dyninf.Plan, batch: int, argum
     }
 
 
-def _model(arguments: argparse.Namespace, dtype: str) -> tuple[str, models.Transformer]:
+def _model(arguments: argparse.Namespace, dtype: str) -> tuple[str, models.Transformer | models.MeshModel]:
+    if arguments.shape is not None and arguments.model is not None:
+        raise ValueError("expected --model or --shape, got both")
+    if arguments.shape is not None and arguments.shape not in shapes():
+        raise ValueError(f"expected a shape among {', '.join(shapes())}, got {arguments.shape!r}")
+    mesh = mesh_of(arguments)
     if arguments.shape is None:
         name = model_name(arguments.model)
-        return name, models.load(name, dtype=DTYPES[dtype])
-    if arguments.model is not None:
-        raise ValueError("expected --model or --shape, got both")
-    if arguments.shape not in shapes():
-        raise ValueError(f"expected a shape among {', '.join(shapes())}, got {arguments.shape!r}")
-    return arguments.shape, models.Transformer(shapes()[arguments.shape], jax.random.key(0), DTYPES[dtype])
+        model = models.load(name, dtype=DTYPES[dtype], mesh=mesh)
+    elif mesh is None:
+        name, model = arguments.shape, models.Transformer(shapes()[arguments.shape], jax.random.key(0), DTYPES[dtype])
+    else:
+        name, config = arguments.shape, shapes()[arguments.shape]
+        model = models.random_model(config, mesh, key=jax.random.key(0), dtype=DTYPES[dtype])
+    return name, model if mesh is None else models.on_mesh(model, mesh)
 
 
 def describe_run(model: models.Transformer) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
@@ -47,6 +48,12 @@ def add_mesh_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def mesh_of(arguments: argparse.Namespace) -> Mesh | None:
+    """Return the mesh that ``--mesh`` asks for, ``None`` for one device."""
+    asked = getattr(arguments, "mesh", None)
+    return None if asked is None else models.make_mesh(models.parse_mesh(asked))
+
+
 def default_dtype() -> str:
     """Return the dtype that models run in here: float32 on CPUs, which have no fast bfloat16, else bfloat16."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -74,7 +81,7 @@ def load(arguments: argparse.Namespace) -> Loaded:
     """Load the model and tokenizer that the options name, onto the mesh that ``--mesh`` asks for if there is one."""
     name = model_name(arguments.model)
     dtype = arguments.dtype or default_dtype()
-    mesh = None if getattr(arguments, "mesh", None) is None else models.make_mesh(models.parse_mesh(arguments.mesh))
+    mesh = mesh_of(arguments)
     model = models.load(name, dtype=DTYPES[dtype], mesh=mesh)
     model = model if mesh is None else models.on_mesh(model, mesh)
     tokenizer = models.load_tokenizer(name)

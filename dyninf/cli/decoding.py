@@ -155,6 +155,7 @@ def bytes_per_step(model: CausalLM, means: dict[str, float], batch: int) -> floa
         means: of the steps, by ``dyninf.summarize``.
     """
     layers = _size(model.layers) / len(model.layers)
+    model = getattr(model, "model", model)  # that of a mesh
     tied = getattr(model, "unembedding", None) is None
     readout = _size(model.embedding if tied else model.unembedding)
     entry = kv_shape(model)

@@ -262,3 +262,11 @@ def test_a_random_state_of_a_plan_that_catches_up_has_an_empty_window(tiny_model
     state = random_state(tiny_model, plan, batch=2, length=3, capacity=8, key=jax.random.key(0))
     state, stats = jax.jit(dyninf.decode_step)(tiny_model, state, plan)
     assert state.cache.length.tolist() == [4, 4] and int(stats.run) >= 1
+
+
+def test_bench_on_a_mesh(capsys):
+    asked = "--mesh fsdp=2,data=2 --batch 4 --context 32 --steps 4 --repeats 1 --plans exit_half --jsonl -"
+    assert main(["bench", "--shape", "tiny", *asked.split()]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["plan"], row["layers_run"], row["mesh"], row["speedup"]) == ("exit_half", 4.0, "fsdp=2,data=2", None)
+    assert row["bytes_per_step"] > 0
