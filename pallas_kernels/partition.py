@@ -1,0 +1,151 @@
+"""Run operations on a mesh of devices: one program for each, with a part of the sequences and of the heads.
+
+JAX partitions plain JAX by itself, and refuses to partition a Pallas kernel. Within :func:`partitioned` an operation
+marked with :func:`per_device` runs inside ``jax.shard_map`` instead, whichever implementation serves it: the letters of
+its arguments say where batch (B) and heads (N and K) are, which are split where they divide evenly; the rest is whole
+on each device. Heads need nothing of each other, so that nothing is sent, except where they share a decision: such an
+operation reduces with :func:`mean_of_devices`, once, and every device gets the same number and decides alike. What
+is not marked, and everything around, is left to JAX; kernels that are not refuse (:mod:`pallas_kernels.dispatch`).
+"""
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """A mesh, and which of its axes split sequences and heads."""
+
+    mesh: Mesh
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+
+
+_PARTITION: ContextVar[Partition | None] = ContextVar("partition", default=None)
+_HEADS: ContextVar[tuple[str, ...]] = ContextVar("heads", default=())  # axes that split those of the marked operation
+
+
+@contextlib.contextmanager
+def partitioned(mesh: Mesh, *, batch: Sequence[str] = (), heads: Sequence[str] = ()) -> Iterator[None]:
+    """Trace what follows for the devices of a mesh, whose named axes split sequences and heads."""
+    token = _PARTITION.set(Partition(mesh=mesh, batch=tuple(batch), heads=tuple(heads)))
+    try:
+        yield
+    finally:
+        _PARTITION.reset(token)
+
+
+def num_devices() -> int:
+    """Return for how many devices the operation at hand is traced that JAX is to partition; 1 within a marked one."""
+    where = _PARTITION.get()
+    return 1 if where is None else where.mesh.size
+
+
+def mean_of_devices(x: jax.Array) -> jax.Array:
+    """Return the mean over the devices that share the heads of the marked operation at hand: one all-reduce, or x."""
+    return jax.lax.pmean(x, _HEADS.get()) if _HEADS.get() else x
+
+
+def per_device(outputs: str, **letters: str) -> Callable[[Callable], Callable]:
+    """Mark an operation that runs on each device of a mesh for itself.
+
+    Args:
+        outputs: for every array that it returns its letters, such as ``BTNH``, or the argument that it is the like of;
+            after ``flag:`` where it is returned only if that argument is true.
+        letters: those of the arrays of arguments whose names do not end in them. An array of one more axis is stacked,
+            its first axis is L. Arrays without letters are whole on each device.
+    """
+
+    def mark(operation: Callable) -> Callable:
+        signature = inspect.signature(operation)
+
+        @functools.wraps(operation)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            where = _PARTITION.get()
+            if where is None:
+                return operation(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return _run(operation, where, bound.arguments, outputs, letters)
+
+        return run
+
+    return mark
+
+
+def _run(operation: Callable, where: Partition, arguments: dict[str, Any], outputs: str, letters: dict) -> Any:
+    """Run a marked operation inside ``shard_map``."""
+    arrays = {name: value for name, value in arguments.items() if _holds_arrays(value)}
+    rest = {name: value for name, value in arguments.items() if name not in arrays}
+    axes = {name: _axes(value, letters.get(name, _suffix(name))) for name, value in arrays.items()}
+    sizes: dict[str, set[int]] = {}
+    for name, value in arrays.items():
+        for array, named in zip(jax.tree.leaves(value), axes[name], strict=True):
+            for letter, size in zip(named, array.shape, strict=True):
+                sizes.setdefault(letter, set()).add(size)
+
+    def splitting(names: tuple[str, ...], *letters: str) -> tuple[str, ...]:
+        parts = math.prod(where.mesh.shape[name] for name in names)
+        found = [size for letter in letters for size in sizes.get(letter, ())]
+        return names if found and all(size % parts == 0 for size in found) else ()
+
+    batch, heads = splitting(where.batch, "B"), splitting(where.heads, "N", "K")
+    split = {"B": batch or None, "N": heads or None, "K": heads or None}
+
+    def specs(named: list[str]) -> list[PartitionSpec]:
+        return [PartitionSpec(*(split.get(letter) for letter in one)) for one in named]
+
+    returned = []
+    for one in outputs.split():
+        flag, _, one = one.rpartition(":")
+        if not flag or arguments[flag]:
+            returned += axes[one] if one in axes else [one]
+    structures = []
+
+    def on_device(arrays: dict[str, list[jax.Array]]) -> tuple[jax.Array, ...]:
+        given = {
+            name: jax.tree.unflatten(jax.tree.structure(arguments[name]), leaves) for name, leaves in arrays.items()
+        }
+        tokens = _PARTITION.set(None), _HEADS.set(heads)
+        try:
+            found, structure = jax.tree.flatten(operation(**rest, **given))
+        finally:
+            _PARTITION.reset(tokens[0])
+            _HEADS.reset(tokens[1])
+        structures.append(structure)
+        return tuple(found)
+
+    in_specs = {name: specs(named) for name, named in axes.items()}
+    mapped = jax.shard_map(
+        on_device, mesh=where.mesh, in_specs=(in_specs,), out_specs=tuple(specs(returned)), check_vma=False
+    )
+    found = mapped({name: jax.tree.leaves(value) for name, value in arrays.items()})
+    return jax.tree.unflatten(structures[0], found)
+
+
+def _holds_arrays(value: Any) -> bool:
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and all(hasattr(leaf, "shape") for leaf in leaves)
+
+
+def _axes(value: Any, letters: str) -> list[str]:
+    """Return the letters of each array of an argument, as many as it has axes."""
+    leaves = jax.tree.leaves(value)
+    named = letters.split() if letters else [""] * len(leaves)
+    return [
+        ("L" * array.ndim + one)[-array.ndim :] if array.ndim else "" for array, one in zip(leaves, named, strict=True)
+    ]
+
+
+def _suffix(name: str) -> str:
+    last = name.rpartition("_")[2]
+    return last if last.isupper() else ""
