@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.partition import num_devices
+from pallas_kernels import partition
 
 MOSAIC_GPU_JAX = (0, 11, 2)  # oldest version that runs our Mosaic GPU kernels
 MANY = "is a kernel for one device"
@@ -95,8 +95,8 @@ def explain(implementations: Sequence[Implementation], **facts: Any) -> list[tup
 
 
 def platform() -> str:
-    """Return the platform that JAX computes on by default: ``cpu``, ``gpu`` or ``tpu``."""
-    return jax.default_backend()
+    """Return the platform that is traced for: of the mesh at hand, or JAX's default; ``cpu``, ``gpu`` or ``tpu``."""
+    return partition.platform() or jax.default_backend()
 
 
 def capability() -> str | None:
@@ -140,7 +140,7 @@ def refuse_keys(dtype: Any, head_dim: int) -> str | None:
 
 def _refuse_many(name: str) -> str | None:
     """Return why a kernel of an operation that is not split among devices cannot run on several, or ``None``."""
-    devices = num_devices()
+    devices = partition.num_devices()
     return f"{MANY}, got a mesh of {devices}" if devices > 1 and name.startswith("mosaic") else None
 
 

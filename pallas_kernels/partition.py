@@ -23,36 +23,40 @@ from jax.sharding import Mesh, PartitionSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """A mesh, and which of its axes split sequences and heads."""
+    """A mesh, which of its axes split sequences and heads, and whether one of its devices is at hand, or all."""
 
     mesh: Mesh
     batch: tuple[str, ...]
     heads: tuple[str, ...]
+    one: bool = False
 
 
 _PARTITION: ContextVar[Partition | None] = ContextVar("partition", default=None)
-_HEADS: ContextVar[tuple[str, ...]] = ContextVar("heads", default=())  # axes that split those of the marked operation
 
 
 @contextlib.contextmanager
 def partitioned(mesh: Mesh, *, batch: Sequence[str] = (), heads: Sequence[str] = ()) -> Iterator[None]:
     """Trace what follows for the devices of a mesh, whose named axes split sequences and heads."""
-    token = _PARTITION.set(Partition(mesh=mesh, batch=tuple(batch), heads=tuple(heads)))
-    try:
+    with _within(Partition(mesh=mesh, batch=tuple(batch), heads=tuple(heads))):
         yield
-    finally:
-        _PARTITION.reset(token)
 
 
 def num_devices() -> int:
     """Return for how many devices the operation at hand is traced that JAX is to partition; 1 within a marked one."""
     where = _PARTITION.get()
-    return 1 if where is None else where.mesh.size
+    return 1 if where is None or where.one else where.mesh.size
+
+
+def platform() -> str | None:
+    """Return the platform of the mesh that is traced for, which may be one that is only described; or ``None``."""
+    where = _PARTITION.get()
+    return where.mesh.devices.flat[0].platform if where is not None and isinstance(where.mesh, Mesh) else None
 
 
 def mean_of_devices(x: jax.Array) -> jax.Array:
     """Return the mean over the devices that share the heads of the marked operation at hand: one all-reduce, or x."""
-    return jax.lax.pmean(x, _HEADS.get()) if _HEADS.get() else x
+    where = _PARTITION.get()
+    return jax.lax.pmean(x, where.heads) if where is not None and where.one and where.heads else x
 
 
 def per_device(outputs: str, **letters: str) -> Callable[[Callable], Callable]:
@@ -71,7 +75,7 @@ def per_device(outputs: str, **letters: str) -> Callable[[Callable], Callable]:
         @functools.wraps(operation)
         def run(*args: Any, **kwargs: Any) -> Any:
             where = _PARTITION.get()
-            if where is None:
+            if where is None or where.one:
                 return operation(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
@@ -115,12 +119,8 @@ def _run(operation: Callable, where: Partition, arguments: dict[str, Any], outpu
         given = {
             name: jax.tree.unflatten(jax.tree.structure(arguments[name]), leaves) for name, leaves in arrays.items()
         }
-        tokens = _PARTITION.set(None), _HEADS.set(heads)
-        try:
+        with _within(Partition(mesh=where.mesh, batch=batch, heads=heads, one=True)):
             found, structure = jax.tree.flatten(operation(**rest, **given))
-        finally:
-            _PARTITION.reset(tokens[0])
-            _HEADS.reset(tokens[1])
         structures.append(structure)
         return tuple(found)
 
@@ -130,6 +130,15 @@ def _run(operation: Callable, where: Partition, arguments: dict[str, Any], outpu
     )
     found = mapped({name: jax.tree.leaves(value) for name, value in arrays.items()})
     return jax.tree.unflatten(structures[0], found)
+
+
+@contextlib.contextmanager
+def _within(where: Partition) -> Iterator[None]:
+    token = _PARTITION.set(where)
+    try:
+        yield
+    finally:
+        _PARTITION.reset(token)
 
 
 def _holds_arrays(value: Any) -> bool:

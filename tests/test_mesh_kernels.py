@@ -65,7 +65,7 @@ def abstract_step(mesh):
     return step, [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf, sharding in given]
 
 
-def test_a_step_compiles_to_kernels_for_many_tpus(pretend):
+def test_a_step_compiles_to_kernels_for_many_tpus():
     """By hand: attention of the layer that reads everything; scores, choice and attention of the two others. What is
     sent is what plain JAX sends: sums of an embedding and of two products a layer, and the best tokens of the parts.
     """
@@ -73,7 +73,6 @@ def test_a_step_compiles_to_kernels_for_many_tpus(pretend):
     from jax.experimental import topologies
 
     step, shapes = abstract_step(make_mesh(AXES, topologies.get_topology_desc("v5e:2x4", "tpu").devices))
-    pretend("tpu")
     text = jax.jit(step).lower(*shapes).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 1 + 2 * 3
     sent = collections.Counter((kind, shape) for shape, kind in COLLECTIVE.findall(text))

@@ -147,18 +147,19 @@ def test_a_kernel_is_interpreted_on_every_device(name, rng, monkeypatch):
 
 
 def test_kernels_compile_for_many_tpus_where_they_are_marked(rng, monkeypatch):
+    """The mesh says that they are TPUs."""
     pytest.importorskip("libtpu", reason="needs libtpu to compile for a TPU: pip install dyninf[tpu]")
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
     mesh = mesh_of(topology.devices)
-    monkeypatch.setattr(importlib.import_module("pallas_kernels.topk_pages"), "platform", lambda: "tpu")
     operation, (case, _) = call("topk_pages", rng)
     spec = NamedSharding(mesh, PartitionSpec("data"))
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=spec) for array in case]
     run = lambda *case: operation(case, {})  # noqa: E731
     text = jax.jit(on(mesh, run)).lower(*shapes).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 1 and not COLLECTIVE.findall(text)
+    monkeypatch.setattr(importlib.import_module("pallas_kernels.topk_pages"), "platform", lambda: "tpu")
     with pytest.raises(NotImplementedError, match="cannot be automatically partitioned"):
         jax.jit(run).lower(*shapes)
 
