@@ -142,7 +142,8 @@ def on_mesh(model: Any, mesh: Mesh, rules: Rules | None = None) -> MeshModel:
 
 def _kernels(where: Placement) -> contextlib.ContextDecorator:
     """Return the context in which kernels run on each device for its sequences and heads."""
-    return partitioned(where.mesh, batch=where.mesh_axes("batch"), heads=where.mesh_axes("kv_heads"))
+    axes = {"batch": "batch", "heads": "kv_heads", "length": "length"}
+    return partitioned(where.mesh, **{name: where.mesh_axes(axis) for name, axis in axes.items()})
 
 
 def constrain_cache(cache: Any, where: Placement) -> Any:

@@ -4,8 +4,9 @@ JAX partitions plain JAX by itself, and refuses to partition a Pallas kernel. Wi
 marked with :func:`per_device` runs inside ``jax.shard_map`` instead, whichever implementation serves it: the letters of
 its arguments say where batch (B) and heads (N and K) are, which are split where they divide evenly; the rest is whole
 on each device. Heads need nothing of each other, so that nothing is sent, except where they share a decision: such an
-operation reduces with :func:`mean_of_devices`, once, and every device gets the same number and decides alike. What
-is not marked, and everything around, is left to JAX; kernels that are not refuse (:mod:`pallas_kernels.dispatch`).
+operation reduces with :func:`mean_of_devices`, once, and every device gets the same number and decides alike. Tokens of
+whole prompts can be split as well (:mod:`pallas_kernels.sequence`). What is not marked, and everything around, is left
+to JAX; kernels that are not refuse (:mod:`pallas_kernels.dispatch`).
 """
 
 import contextlib
@@ -20,14 +21,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
+from pallas_kernels.sequence import attend_part, is_whole_prompt
+
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """A mesh, which of its axes split sequences and heads, and whether one of its devices is at hand, or all."""
+    """A mesh, which axes split sequences, heads and prompts, and whether one of its devices is at hand, or all."""
 
     mesh: Mesh
     batch: tuple[str, ...]
     heads: tuple[str, ...]
+    length: tuple[str, ...] = ()
     one: bool = False
 
 
@@ -35,9 +39,11 @@ _PARTITION: ContextVar[Partition | None] = ContextVar("partition", default=None)
 
 
 @contextlib.contextmanager
-def partitioned(mesh: Mesh, *, batch: Sequence[str] = (), heads: Sequence[str] = ()) -> Iterator[None]:
-    """Trace what follows for the devices of a mesh, whose named axes split sequences and heads."""
-    with _within(Partition(mesh=mesh, batch=tuple(batch), heads=tuple(heads))):
+def partitioned(
+    mesh: Mesh, *, batch: Sequence[str] = (), heads: Sequence[str] = (), length: Sequence[str] = ()
+) -> Iterator[None]:
+    """Trace what follows for the devices of a mesh, whose named axes split sequences, heads and tokens of prompts."""
+    with _within(Partition(mesh=mesh, batch=tuple(batch), heads=tuple(heads), length=tuple(length))):
         yield
 
 
@@ -59,10 +65,11 @@ def mean_of_devices(x: jax.Array) -> jax.Array:
     return jax.lax.pmean(x, where.heads) if where is not None and where.one and where.heads else x
 
 
-def per_device(outputs: str, **letters: str) -> Callable[[Callable], Callable]:
+def per_device(outputs: str, *, prompts: bool = False, **letters: str) -> Callable[[Callable], Callable]:
     """Mark an operation that runs on each device of a mesh for itself.
 
     Args:
+        prompts: whether it attends from queries (T, R rows of blocks) to keys (S), which may be those of whole prompts.
         outputs: for every array that it returns its letters, such as ``BTNH``, or the argument that it is the like of;
             after ``flag:`` where it is returned only if that argument is true.
         letters: those of the arrays of arguments whose names do not end in them. An array of one more axis is stacked,
@@ -79,15 +86,18 @@ def per_device(outputs: str, **letters: str) -> Callable[[Callable], Callable]:
                 return operation(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            return _run(operation, where, bound.arguments, outputs, letters)
+            return _run(operation, where, bound.arguments, outputs, prompts, letters)
 
         return run
 
     return mark
 
 
-def _run(operation: Callable, where: Partition, arguments: dict[str, Any], outputs: str, letters: dict) -> Any:
+def _run(operation, where, arguments: dict[str, Any], outputs: str, prompts: bool, letters: dict[str, str]) -> Any:
     """Run a marked operation inside ``shard_map``."""
+    length = where.length if prompts and where.length else ()
+    if length and not is_whole_prompt(arguments, math.prod(where.mesh.shape[name] for name in length)):
+        length = ()
     arrays = {name: value for name, value in arguments.items() if _holds_arrays(value)}
     rest = {name: value for name, value in arguments.items() if name not in arrays}
     axes = {name: _axes(value, letters.get(name, _suffix(name))) for name, value in arrays.items()}
@@ -103,7 +113,7 @@ def _run(operation: Callable, where: Partition, arguments: dict[str, Any], outpu
         return names if found and all(size % parts == 0 for size in found) else ()
 
     batch, heads = splitting(where.batch, "B"), splitting(where.heads, "N", "K")
-    split = {"B": batch or None, "N": heads or None, "K": heads or None}
+    split = dict.fromkeys("NK", heads or None) | dict.fromkeys("TRS", length or None) | {"B": batch or None}
 
     def specs(named: list[str]) -> list[PartitionSpec]:
         return [PartitionSpec(*(split.get(letter) for letter in one)) for one in named]
@@ -120,7 +130,8 @@ def _run(operation: Callable, where: Partition, arguments: dict[str, Any], outpu
             name: jax.tree.unflatten(jax.tree.structure(arguments[name]), leaves) for name, leaves in arrays.items()
         }
         with _within(Partition(mesh=where.mesh, batch=batch, heads=heads, one=True)):
-            found, structure = jax.tree.flatten(operation(**rest, **given))
+            found = attend_part(operation, rest | given, length) if length else operation(**rest, **given)
+            found, structure = jax.tree.flatten(found)
         structures.append(structure)
         return tuple(found)
 

@@ -31,7 +31,7 @@ DECODE = (
 )
 
 
-@per_device("BTNH with_lse:BNT")
+@per_device("BTNH with_lse:BNT", prompts=True, keep_BT="B_")
 def prefill_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,

@@ -22,7 +22,7 @@ BLOCK_SPARSE = (
 )
 
 
-@per_device("BTNH with_lse:BNT", index="BNR BNRM")
+@per_device("BTNH with_lse:BNT", prompts=True, index="BNR BNRM")
 def block_sparse_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
