@@ -145,9 +145,10 @@ def _taken(lowered: Any, batch: int) -> dict[str, Any]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if not (found := re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))):
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {"batch": batch, "needed_gib": float(found[1]), "had_gib": float(found[2])}
+        needed, had = re.findall(r"([\d.]+)G", str(error))[:2]
+        return {"batch": batch, "needed_gib": float(needed), "had_gib": float(had)}
     memory = compiled.memory_analysis()
     return {
         "batch": batch,
