@@ -1,7 +1,7 @@
 """What a model takes of each device of a TPU slice, and what a step sends: compiled ahead of time, without any TPU.
 
 ``python bench/mesh_memory.py --jsonl FILE`` compiles prefill and decode step of a 70B shape for described topologies.
-Parameters and caches are shapes with shardings, nothing is allocated. Programs of ``--layers`` (1 and 2) layers are
+Parameters and caches are shapes with shardings, nothing is allocated. Programs of ``--layers`` (2 and 4) layers are
 compiled and what differs is counted once for each layer beyond; ``--layers 80`` compiles the whole, which matters where
 weights are gathered: a small program may hold all of them at once. Bytes are those of
 ``memory_analysis`` for one device; collectives are counted in the compiled program, their bytes are those of the
@@ -59,7 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama3.1-70b", choices=shapes())
     parser.add_argument("--context", type=int, default=32768, help="tokens of each prompt (default: 32768)")
-    parser.add_argument("--layers", default="1,2", help="layers to compile: two numbers, or all (default: 1,2)")
+    parser.add_argument("--layers", default="2,4", help="layers to compile: two numbers, or all (default: 2,4)")
     parser.add_argument("--plan", default="dense")
     parser.add_argument("--only", default="", help="cases whose name has this, such as 'v5e:4x4 fsdp'; all without")
     parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too")

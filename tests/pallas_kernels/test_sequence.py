@@ -18,12 +18,12 @@ LENGTHS = np.array([32, 19])
 COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
-def run(operation, *arrays, data=1):
+def run(operation, *arrays):
     """What an operation gives on eight devices, and what it sends."""
-    mesh = Mesh(np.array(jax.devices()[:8]).reshape(data, -1, 2), ("data", "sequence", "tensor"))
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(-1, 2), ("sequence", "tensor"))
 
     def traced(*arrays):
-        with partitioned(mesh, batch=("data",), heads=("tensor",), length=("sequence",)):
+        with partitioned(mesh, heads=("tensor",), length=("sequence",)):
             return operation(*arrays)
 
     compiled = jax.jit(traced).lower(*arrays).compile()
