@@ -3,10 +3,12 @@
 XLA partitions a program by the shardings of its inputs and guesses the rest. :class:`MeshModel` says what the rest is
 to be, from where a model stands: tokens and states are split by batch, queries, keys, values and the caches that
 ``attend`` returns by batch and heads, logits by vocabulary. Everything that decides (depth policies, samplers, what is
-read of a cache) follows from states that all devices of the tensor axis hold alike, so that all decide alike. The
+read of a cache) follows from states that all devices of the tensor axis hold alike, so that all decide alike. What
+JAX cannot partition, kernels, runs on each device for its sequences and heads (:mod:`pallas_kernels.partition`). The
 mesh is part of the pytree's structure, so that a program is compiled anew for another one.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,6 +18,7 @@ from jax.sharding import Mesh
 
 from dyninf.models.sharding import CACHES, Placement, Rules, cache_axes, placement
 from dyninf.pytree import pytree
+from pallas_kernels.partition import partitioned
 
 _STATES = ("batch", "length", None)
 _STACKED = ("layers", *CACHES["k"])
@@ -41,12 +44,14 @@ class MeshLayer:
             o_BTNH, carry = attend(constrain(q_BTNH, queries), k_BTKH, v_BTKH, **options)
             return constrain(o_BTNH, queries), constrain_cache(carry, self.where)
 
-        x_BTD, carry = self.layer(constrain(x_BTD, _STATES), positions_BT, attend_on_mesh)
+        with _kernels(self.where):
+            x_BTD, carry = self.layer(constrain(x_BTD, _STATES), positions_BT, attend_on_mesh)
         return constrain(x_BTD, _STATES), carry
 
     def project_kv(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the keys and values ``[B, T, K, H]`` the layer would write for a state."""
-        k_BTKH, v_BTKH = self.layer.project_kv(self.where.constrain(x_BTD, _STATES), positions_BT)
+        with _kernels(self.where):
+            k_BTKH, v_BTKH = self.layer.project_kv(self.where.constrain(x_BTD, _STATES), positions_BT)
         return self.where.constrain(k_BTKH, _KEYS), self.where.constrain(v_BTKH, _KEYS)
 
 
@@ -76,7 +81,8 @@ class MeshStack:
         self, x_BD: jax.Array, k_LBSKH: jax.Array, v_LBSKH: jax.Array, positions_B: jax.Array, **schedule: Any
     ) -> Any:
         """Run layers on one token of each sequence; see :meth:`dyninf.models.StackedLayers.decode`."""
-        out = self.layers.decode(x_BD, k_LBSKH, v_LBSKH, positions_B, **schedule)
+        with _kernels(self.where):
+            out = self.layers.decode(x_BD, k_LBSKH, v_LBSKH, positions_B, **schedule)
         k_LBSKH, v_LBSKH = (self.where.constrain(part, _STACKED) for part in (out.k_LBSKH, out.v_LBSKH))
         x_BD = self.where.constrain(out.x_BD, ("batch", None))
         return dataclasses.replace(out, x_BD=x_BD, k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH)
@@ -104,7 +110,8 @@ class MeshModel:
     @property
     def readout(self) -> Callable | None:
         """What the logits of states say, if the model knows."""
-        return getattr(self.model, "readout", None)
+        readout = getattr(self.model, "readout", None)
+        return None if readout is None else _kernels(self.where)(readout)
 
     def lay_out(self, cache: Any) -> Any:
         """Return an empty cache split by batch and heads, layers that no token will run included."""
@@ -131,6 +138,12 @@ def on_mesh(model: Any, mesh: Mesh, rules: Rules | None = None) -> MeshModel:
         ValueError: if the rules do not fit the mesh.
     """
     return MeshModel(model=model, where=placement(mesh, rules))
+
+
+def _kernels(where: Placement) -> contextlib.ContextDecorator:
+    """Return the context in which kernels run on each device for its sequences and heads."""
+    axes = {"batch": "batch", "heads": "kv_heads", "length": "length"}
+    return partitioned(where.mesh, **{name: where.mesh_axes(axis) for name, axis in axes.items()})
 
 
 def constrain_cache(cache: Any, where: Placement) -> Any:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")  # the last one varies fastest: its devices are the nearest ones
@@ -29,7 +30,9 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
         asked = " x ".join(f"{name}={axes[name]}" for name in names) or "no axes"
         raise ValueError(f"expected a mesh of 1 to {len(devices)} devices, got {asked} = {count}")
     sizes = [axes[name] for name in names]
-    return jax.make_mesh(sizes, names, devices=devices[:count], axis_types=(AxisType.Auto,) * len(names))
+    # A slice of 4x4x4 holds a mesh of 8x8 only where an axis of it may be cut.
+    grid = mesh_utils.create_device_mesh(sizes, devices[:count], allow_split_physical_axes=True)
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def parse_mesh(text: str) -> dict[str, int]:

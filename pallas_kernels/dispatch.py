@@ -15,7 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import partition
+
 MOSAIC_GPU_JAX = (0, 11, 2)  # oldest version that runs our Mosaic GPU kernels
+MANY = "is a kernel for one device"
 _logger = logging.getLogger(__name__)
 
 
@@ -63,7 +66,8 @@ def choose(
 ) -> Implementation:
     """Return the first implementation that can serve, or the requested one.
 
-    On a GPU the reasons are logged once when the fastest implementation could not serve.
+    On a GPU the reasons are logged once when the fastest implementation could not serve, elsewhere when a kernel could
+    on one device.
 
     Raises:
         ValueError: if ``requested`` names no implementation.
@@ -76,9 +80,9 @@ def choose(
     for implementation in implementations:
         if requested not in (None, implementation.name):
             continue
-        reason = implementation.refuse(**facts)
+        reason = implementation.refuse(**facts) or _refuse_many(implementation.name)
         if reason is None:
-            if reasons and facts.get("platform") == "gpu":
+            if reasons and (facts.get("platform") == "gpu" or any(MANY in reason for reason in reasons)):
                 _log_once(f"{operation} runs as {implementation.name!r}: " + "; ".join(reasons))
             return implementation
         reasons.append(f"{implementation.name}: {reason}")
@@ -91,8 +95,8 @@ def explain(implementations: Sequence[Implementation], **facts: Any) -> list[tup
 
 
 def platform() -> str:
-    """Return the platform that JAX computes on by default: ``cpu``, ``gpu`` or ``tpu``."""
-    return jax.default_backend()
+    """Return the platform that is traced for: of the mesh at hand, or JAX's default; ``cpu``, ``gpu`` or ``tpu``."""
+    return partition.platform() or jax.default_backend()
 
 
 def capability() -> str | None:
@@ -132,6 +136,12 @@ def refuse_keys(dtype: Any, head_dim: int) -> str | None:
     if head_dim % 64 or head_dim > 256:
         return f"needs head_dim to be a multiple of 64 up to 256, got {head_dim}"
     return None
+
+
+def _refuse_many(name: str) -> str | None:
+    """Return why a kernel of an operation that is not split among devices cannot run on several, or ``None``."""
+    devices = partition.num_devices()
+    return f"{MANY}, got a mesh of {devices}" if devices > 1 and name.startswith("mosaic") else None
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from pallas_kernels.dispatch import Implementation, choose, kernel
 from pallas_kernels.page_scores import Reduce
 from pallas_kernels.page_scores import check as check_scores
 from pallas_kernels.page_scores import facts as facts_of_scores
+from pallas_kernels.partition import per_device
 
 APPEND_AND_SCORE = (
     kernel("append_and_score", "mosaic_gpu", "append_and_score"),
@@ -19,6 +20,7 @@ APPEND_AND_SCORE = (
 )
 
 
+@per_device("k v summary BKP", k="BSKH", v="BSKH", summary="BPKX")
 def append_and_score(
     k: jax.Array,
     v: jax.Array,

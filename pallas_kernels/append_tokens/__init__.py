@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.append_tokens import reference
 from pallas_kernels.dispatch import Implementation, capability, choose, kernel, platform
+from pallas_kernels.partition import per_device
 
 APPEND_TOKENS = (
     kernel("append_tokens", "mosaic_gpu", "append_tokens"),
@@ -15,6 +16,7 @@ APPEND_TOKENS = (
 )
 
 
+@per_device("k v summary", k="BSKH", v="BSKH", summary="BPKX")
 def append_tokens(
     k: jax.Array,
     v: jax.Array,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.attention import cudnn, reference
 from pallas_kernels.dispatch import Implementation, capability, choose, explain, kernel, platform
 from pallas_kernels.index import KVIndex, check_index
+from pallas_kernels.partition import per_device
 
 PREFILL = (
     Implementation(name="cudnn", refuse=cudnn.refuse_prefill, run=cudnn.prefill_attention),
@@ -30,6 +31,7 @@ DECODE = (
 )
 
 
+@per_device("BTNH with_lse:BNT", prompts=True, keep_BT="B_")
 def prefill_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
@@ -79,6 +81,7 @@ def prefill_attention(
     return chosen.run(q_BTNH, k_BSKH, v_BSKH, lengths_B, **about)
 
 
+@per_device("BTNH", k="BSKH", v="BSKH", index="BK BKM")
 def decode_attention(
     q_BTNH: jax.Array,
     k: jax.Array,

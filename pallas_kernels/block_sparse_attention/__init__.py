@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.block_sparse_attention import reference
 from pallas_kernels.dispatch import Implementation, capability, choose, kernel, platform
 from pallas_kernels.index import BlockIndex, check_blocks
+from pallas_kernels.partition import per_device
 
 BLOCK_SPARSE = (
     kernel("block_sparse_attention", "mosaic_gpu", "block_sparse_attention"),
@@ -21,6 +22,7 @@ BLOCK_SPARSE = (
 )
 
 
+@per_device("BTNH with_lse:BNT", prompts=True, index="BNR BNRM")
 def block_sparse_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.choose_blocks import reference, topk
 from pallas_kernels.dispatch import Implementation, capability, choose, platform
 from pallas_kernels.index import BlockIndex
+from pallas_kernels.partition import per_device
 
 CHOOSE_BLOCKS = (
     Implementation(name="topk_pages", refuse=topk.refuse, run=topk.choose_blocks),
@@ -20,6 +21,7 @@ CHOOSE_BLOCKS = (
 )
 
 
+@per_device("BNR BNRM BNR")
 def choose_blocks(
     scores_BNRC: jax.Array,
     *,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.compact_cache import reference
 from pallas_kernels.dispatch import Implementation, capability, choose, kernel, platform
+from pallas_kernels.partition import per_device
 
 COMPACT_CACHE = (
     kernel("compact_cache", "mosaic_gpu", "compact_cache"),
@@ -12,6 +13,7 @@ COMPACT_CACHE = (
 )
 
 
+@per_device("k v", k="BSKH", v="BSKH")
 def compact_cache(
     k: jax.Array,
     v: jax.Array,

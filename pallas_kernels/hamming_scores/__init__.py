@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, choose, kernel, platform
 from pallas_kernels.hamming_scores import reference
+from pallas_kernels.partition import per_device
 
 MOST_WORDS = 8
 HAMMING_SCORES = (
@@ -21,6 +22,7 @@ HAMMING_SCORES = (
 )
 
 
+@per_device("BKS", codes="BWKS")
 def hamming_scores(
     codes: jax.Array,
     queries_BNW: jax.Array,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, capability, choose, kernel, platform
 from pallas_kernels.merge_tokens import reference
+from pallas_kernels.partition import per_device
 
 MERGE_VICTIMS = (
     kernel("merge_tokens", "mosaic_gpu", "merge_victims"),
@@ -18,6 +19,7 @@ MERGE_VICTIMS = (
 )
 
 
+@per_device("k v B", k="BSKH", v="BSKH")
 def merge_victims(
     k: jax.Array,
     v: jax.Array,

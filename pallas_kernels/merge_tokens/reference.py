@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.partition import mean_of_devices
+
 # Evicted tokens whose similarities exist at once: more of them are fewer steps, of less use the more heads there are.
 LEAST_CHUNK, MOST_CHUNK, CHUNK_BYTES = 128, 1024, 2**26
 
@@ -40,7 +42,7 @@ def merge_victims(k, v, victims_BK, evicted_B, num_slots_B, threshold_B, layer, 
 
 def decide(like_BK, evicted_B, threshold_B, momentum):
     """Return which sequences merge what they evict, with these similarities, and the thresholds after it."""
-    level_B = jnp.mean(like_BK, axis=1)
+    level_B = mean_of_devices(jnp.mean(like_BK, axis=1))
     followed_B = _follow(threshold_B, level_B, momentum)
     return evicted_B & (level_B >= followed_B), jnp.where(evicted_B, followed_B, threshold_B)
 

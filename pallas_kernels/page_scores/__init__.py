@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, capability, choose, kernel, platform
 from pallas_kernels.page_scores import reference
+from pallas_kernels.partition import per_device
 
 Reduce = Literal["max", "sum", "vote"]
 PAGE_SCORES = (
@@ -22,6 +23,7 @@ PAGE_SCORES = (
 )
 
 
+@per_device("BKP")
 def page_scores(
     q_BTNH: jax.Array,
     summary_BPKX: jax.Array,

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention import facts
 from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.partition import per_device
 from pallas_kernels.strided_scores import reference
 
 STRIDED_SCORES = (Implementation(name="xla", refuse=reference.refuse, run=reference.strided_scores),)
 
 
+@per_device("BNRC")
 def strided_scores(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,

@@ -4,6 +4,7 @@ import jax
 
 from pallas_kernels.dispatch import Implementation, capability, choose, kernel, platform
 from pallas_kernels.index import KVIndex
+from pallas_kernels.partition import per_device
 from pallas_kernels.topk_pages import reference
 
 TOPK_PAGES = (
@@ -13,6 +14,7 @@ TOPK_PAGES = (
 )
 
 
+@per_device("BK BKM")
 def topk_pages(
     scores_BKP: jax.Array,
     num_pages_B: jax.Array,

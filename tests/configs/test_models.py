@@ -14,6 +14,7 @@ from dyninf.models.parameters import abstract_model
         ("llama3.2-1b", 1_235_814_400),
         ("llama3-8b", 8_030_261_248),
         ("llama3.1-8b", 8_030_261_248),
+        ("llama3.1-70b", 70_553_706_496),
         ("qwen3-8b", 8_190_735_360),
     ],
 )

@@ -1,6 +1,7 @@
 """Computation on a mesh: generation from end to end, other axes, stacked layers, and what a step sends to others."""
 
 import collections
+import dataclasses
 import re
 
 import jax
@@ -11,7 +12,8 @@ import pytest
 from dyninf import CacheSpec, Compact, Plan, decode_step, forward, generate, prefill, stream
 from dyninf.configs.plans import plans
 from dyninf.depth import Confidence, every
-from dyninf.models import cache_shardings, make_mesh, on_mesh, place, stack_for_decoding
+from dyninf.kv import TokenSelect, TopK
+from dyninf.models import Transformer, cache_shardings, make_mesh, on_mesh, place, stack_for_decoding
 
 B, T, V, L = 8, 7, 64, 6
 LENGTHS = np.array([7, 4, 5, 6, 1, 3, 2, 7])
@@ -57,6 +59,15 @@ def test_a_dense_step_sends_states_and_never_the_cache(data, even_model, prompts
         ("all-gather", f"f32{best}"): 1,
         ("all-gather", f"s32{best}"): 1,
     }
+
+
+def test_scores_that_heads_share_are_sent_once_a_layer(even_model, prompts):
+    """The votes of all heads for the sixteen pages there is room for, beside what a dense step sends."""
+    model = laid_out(Transformer(dataclasses.replace(even_model.config, num_layers=2), jax.random.key(0)), tensor=4)
+    plan = Plan(select=TopK(scorer=TokenSelect(page_size=2), budget=8, sinks=2, recent=2))
+    sent = collectives(model, start(model, prompts, plan), plan)
+    assert sent.pop(("all-reduce", f"f32[{B},16]")) == 2
+    assert sent == {("all-reduce", f"f32[{B},1,24]"): 5, ("all-gather", "f32[8,4]"): 1, ("all-gather", "s32[8,4]"): 1}
 
 
 def test_sequences_on_different_devices_send_nothing(even_model, prompts):

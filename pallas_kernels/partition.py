@@ -1,0 +1,171 @@
+"""Run operations on a mesh of devices: one program for each, with a part of the sequences and of the heads.
+
+JAX partitions plain JAX by itself, and refuses to partition a Pallas kernel. Within :func:`partitioned` an operation
+marked with :func:`per_device` runs inside ``jax.shard_map`` instead, whichever implementation serves it: the letters of
+its arguments say where batch (B) and heads (N and K) are, which are split where they divide evenly; the rest is whole
+on each device. Heads need nothing of each other, so that nothing is sent, except where they share a decision: such an
+operation reduces with :func:`mean_of_devices`, once, and every device gets the same number and decides alike. Tokens of
+whole prompts can be split as well (:mod:`pallas_kernels.sequence`). What is not marked, and everything around, is left
+to JAX; kernels that are not refuse (:mod:`pallas_kernels.dispatch`).
+"""
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from pallas_kernels.sequence import attend_part, is_whole_prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """A mesh, which axes split sequences, heads and prompts, and whether one of its devices is at hand, or all."""
+
+    mesh: Mesh
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+    length: tuple[str, ...] = ()
+    one: bool = False
+
+
+_PARTITION: ContextVar[Partition | None] = ContextVar("partition", default=None)
+
+
+@contextlib.contextmanager
+def partitioned(
+    mesh: Mesh, *, batch: Sequence[str] = (), heads: Sequence[str] = (), length: Sequence[str] = ()
+) -> Iterator[None]:
+    """Trace what follows for the devices of a mesh, whose named axes split sequences, heads and tokens of prompts."""
+    with _within(Partition(mesh=mesh, batch=tuple(batch), heads=tuple(heads), length=tuple(length))):
+        yield
+
+
+def num_devices() -> int:
+    """Return for how many devices the operation at hand is traced that JAX is to partition; 1 within a marked one."""
+    where = _PARTITION.get()
+    return 1 if where is None or where.one else where.mesh.size
+
+
+def platform() -> str | None:
+    """Return the platform of the mesh that is traced for, which may be one that is only described; or ``None``."""
+    where = _PARTITION.get()
+    return where.mesh.devices.flat[0].platform if where is not None and isinstance(where.mesh, Mesh) else None
+
+
+def mean_of_devices(x: jax.Array) -> jax.Array:
+    """Return the mean over the devices that share the heads of the marked operation at hand: one all-reduce, or x."""
+    where = _PARTITION.get()
+    return jax.lax.pmean(x, where.heads) if where is not None and where.one and where.heads else x
+
+
+def per_device(outputs: str, *, prompts: bool = False, **letters: str) -> Callable[[Callable], Callable]:
+    """Mark an operation that runs on each device of a mesh for itself.
+
+    Args:
+        prompts: whether it attends from queries (T, R rows of blocks) to keys (S), which may be those of whole prompts.
+        outputs: for every array that it returns its letters, such as ``BTNH``, or the argument that it is the like of;
+            after ``flag:`` where it is returned only if that argument is true.
+        letters: those of the arrays of arguments whose names do not end in them. An array of one more axis is stacked,
+            its first axis is L. Arrays without letters are whole on each device.
+    """
+
+    def mark(operation: Callable) -> Callable:
+        signature = inspect.signature(operation)
+
+        @functools.wraps(operation)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            where = _PARTITION.get()
+            if where is None or where.one:
+                return operation(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return _run(operation, where, bound.arguments, outputs, prompts, letters)
+
+        return run
+
+    return mark
+
+
+def _run(operation, where, arguments: dict[str, Any], outputs: str, prompts: bool, letters: dict[str, str]) -> Any:
+    """Run a marked operation inside ``shard_map``."""
+    length = where.length if prompts and where.length else ()
+    if length and not is_whole_prompt(arguments, math.prod(where.mesh.shape[name] for name in length)):
+        length = ()
+    arrays = {name: value for name, value in arguments.items() if _holds_arrays(value)}
+    rest = {name: value for name, value in arguments.items() if name not in arrays}
+    axes = {name: _axes(value, letters.get(name, _suffix(name))) for name, value in arrays.items()}
+    sizes: dict[str, set[int]] = {}
+    for name, value in arrays.items():
+        for array, named in zip(jax.tree.leaves(value), axes[name], strict=True):
+            for letter, size in zip(named, array.shape, strict=True):
+                sizes.setdefault(letter, set()).add(size)
+
+    def splitting(names: tuple[str, ...], *letters: str) -> tuple[str, ...]:
+        parts = math.prod(where.mesh.shape[name] for name in names)
+        found = [size for letter in letters for size in sizes.get(letter, ())]
+        return names if found and all(size % parts == 0 for size in found) else ()
+
+    batch, heads = splitting(where.batch, "B"), splitting(where.heads, "N", "K")
+    split = dict.fromkeys("NK", heads or None) | dict.fromkeys("TRS", length or None) | {"B": batch or None}
+
+    def specs(named: list[str]) -> list[PartitionSpec]:
+        return [PartitionSpec(*(split.get(letter) for letter in one)) for one in named]
+
+    returned = []
+    for one in outputs.split():
+        flag, _, one = one.rpartition(":")
+        if not flag or arguments[flag]:
+            returned += axes[one] if one in axes else [one]
+    structures = []
+
+    def on_device(arrays: dict[str, list[jax.Array]]) -> tuple[jax.Array, ...]:
+        given = {
+            name: jax.tree.unflatten(jax.tree.structure(arguments[name]), leaves) for name, leaves in arrays.items()
+        }
+        with _within(Partition(mesh=where.mesh, batch=batch, heads=heads, one=True)):
+            found = attend_part(operation, rest | given, length) if length else operation(**rest, **given)
+            found, structure = jax.tree.flatten(found)
+        structures.append(structure)
+        return tuple(found)
+
+    in_specs = {name: specs(named) for name, named in axes.items()}
+    mapped = jax.shard_map(
+        on_device, mesh=where.mesh, in_specs=(in_specs,), out_specs=tuple(specs(returned)), check_vma=False
+    )
+    found = mapped({name: jax.tree.leaves(value) for name, value in arrays.items()})
+    return jax.tree.unflatten(structures[0], found)
+
+
+@contextlib.contextmanager
+def _within(where: Partition) -> Iterator[None]:
+    token = _PARTITION.set(where)
+    try:
+        yield
+    finally:
+        _PARTITION.reset(token)
+
+
+def _holds_arrays(value: Any) -> bool:
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and all(hasattr(leaf, "shape") for leaf in leaves)
+
+
+def _axes(value: Any, letters: str) -> list[str]:
+    """Return the letters of each array of an argument, as many as it has axes."""
+    leaves = jax.tree.leaves(value)
+    named = letters.split() if letters else [""] * len(leaves)
+    return [
+        ("L" * array.ndim + one)[-array.ndim :] if array.ndim else "" for array, one in zip(leaves, named, strict=True)
+    ]
+
+
+def _suffix(name: str) -> str:
+    last = name.rpartition("_")[2]
+    return last if last.isupper() else ""
