@@ -113,7 +113,7 @@ def windowed(window):
     ],
     ids=["dense", "a_shape", "tri_shape", "power", "skip", "mask", "quest"],
 )
-@pytest.mark.parametrize("chunk", [4, 8])
+@pytest.mark.parametrize("chunk", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_chunks_are_the_prompt_read_at_once(tiny_model, plan, chunk):
     logits, state = run(tiny_model, plan)
     got, chunked = run(tiny_model, plan, chunk=chunk)
