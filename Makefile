@@ -11,7 +11,7 @@ VENV ?= .venv
 TEST_EXTRAS ?=
 # Further requirements of the same installation: make test TEST_REQUIREMENTS="jax==0.11.2"
 TEST_REQUIREMENTS ?=
-# Test processes; 1 runs the suite in one process.
+# Test processes, each of which runs neighbouring tests; 1 runs the suite in one process.
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -61,7 +61,7 @@ demo: $(DEMO_STAMP)
 	$(CPU) $(BIN)/dyninf $(DEMO_COMPARE)
 
 test: $(TEST_STAMP)
-	$(CPU) $(BIN)/python -m pytest $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS)) $(PYTEST_ARGS)
+	$(CPU) $(BIN)/python -m pytest $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist worksteal) $(PYTEST_ARGS)
 
 # On a machine with NVIDIA GPUs: make test-gpu TEST_EXTRAS=gpu
 test-gpu: $(TEST_STAMP)

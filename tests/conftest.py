@@ -6,6 +6,7 @@ precision, and warnings are errors (pyproject.toml).
 """
 
 import dataclasses
+import gc
 import importlib.util
 import os
 import zlib
@@ -17,6 +18,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("NPROC", "16")  # threads of the CPU client: a device that waits, in LAPACK too, keeps one
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several test processes compile for TPUs at once
+if os.environ["JAX_PLATFORMS"] == "cpu":  # compiling takes nearly all the time of these tests
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +45,12 @@ def pytest_configure(config):
     jax.config.update("jax_num_cpu_devices", 8)
     # Programs in flight together take threads from each other, and collectives wait for all eight devices.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def pytest_collection_finish(session):
+    # What was imported stays; tracing makes many objects, and looking through all of them is a tenth of the time.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_report_header(config):

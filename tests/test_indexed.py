@@ -1,5 +1,7 @@
 """The driver ``indexed`` on a stacked model against the drivers over a list of layers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from dyninf.configs.plans import plans
 from dyninf.depth import Confidence, DepthDecay, Recorded, Saturation, every, first_of
 from dyninf.indexed import refuse_indexed
 from dyninf.kv import Quest, Recency, TopK
-from dyninf.models import stack_for_decoding
+from dyninf.models import Transformer, stack_for_decoding
 
 NUM_LAYERS = 6
 NAMED = plans(NUM_LAYERS)
@@ -28,9 +30,20 @@ ALIKE = {"exit_calm", "exit_patience", "recorded_alike", "asked_in_groups", "uni
 PROMPTS, LENGTHS = np.array([[3, 14, 15, 9, 2], [6, 5, 35, 0, 0], [8, 0, 0, 0, 0]]), np.array([5, 3, 1])
 
 
+fill = jax.jit(prefill, static_argnames="spec")
+
+
 @pytest.fixture(scope="module")
 def stacked(tiny_model):
     return stack_for_decoding(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def shallow(tiny_model):
+    """A model of half as many layers, which compiles in half the time, and its stack."""
+    model = Transformer(dataclasses.replace(tiny_model.config, num_layers=3), jax.random.key(3))
+    model = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 1 else leaf, model)
+    return model, stack_for_decoding(model)
 
 
 def test_most_named_plans_can_be_indexed():
@@ -55,7 +68,7 @@ def test_the_cache_holds_what_the_list_holds(tiny_model, stacked):
     plan = OWN["recorded"]
     states, step = [], jax.jit(decode_step)
     for model in (tiny_model, stacked):
-        state = prefill(model, PROMPTS, LENGTHS, plan, CacheSpec(capacity=16), jax.random.key(0))[1]
+        state = fill(model, PROMPTS, LENGTHS, plan, CacheSpec(capacity=16), jax.random.key(0))[1]
         for _ in range(3):
             state, _ = step(model, state, plan)
         states.append(state)
@@ -68,8 +81,8 @@ def test_the_cache_holds_what_the_list_holds(tiny_model, stacked):
 
 def test_other_drivers_run_stacked_layers_too(tiny_model, stacked):
     plan = OWN["cosine"]
-    want = generate(tiny_model, PROMPTS, plan, lengths=LENGTHS, max_new_tokens=4)
-    got = generate(stacked, PROMPTS, plan, lengths=LENGTHS, max_new_tokens=4, driver="segments")
+    want = generate(tiny_model, PROMPTS, plan, lengths=LENGTHS, max_new_tokens=7)
+    got = generate(stacked, PROMPTS, plan, lengths=LENGTHS, max_new_tokens=7, driver="segments")
     assert np.array_equal(got.tokens, want.tokens)
 
 
@@ -84,10 +97,11 @@ def test_other_drivers_run_stacked_layers_too(tiny_model, stacked):
     ],
     ids=["skips", "mask", "catch_up", "evicts", "selects"],
 )
-def test_a_plan_that_it_cannot_run_is_refused_or_left_to_others(tiny_model, stacked, plan, message):
+def test_a_plan_that_it_cannot_run_is_refused_or_left_to_others(shallow, plan, message):
+    model, stacked = shallow
     with pytest.raises(ValueError, match=message):
         generate(stacked, [1, 2], plan, max_new_tokens=2, driver="indexed")
-    want = generate(tiny_model, PROMPTS[:1], plan, max_new_tokens=4)
+    want = generate(model, PROMPTS[:1], plan, max_new_tokens=4)
     np.testing.assert_array_equal(generate(stacked, PROMPTS[:1], plan, max_new_tokens=4).tokens, want.tokens)
 
 
@@ -98,7 +112,7 @@ def test_a_list_of_layers_is_refused(tiny_model):
 
 def test_a_new_threshold_or_table_needs_no_second_program(stacked):
     step = jax.jit(lambda *arguments: decode_step(*arguments))  # a cache of its own: jit's goes by function
-    state = prefill(stacked, PROMPTS, LENGTHS, Plan(), CacheSpec(capacity=16), jax.random.key(0))[1]
+    state = fill(stacked, PROMPTS, LENGTHS, Plan(), CacheSpec(capacity=16), jax.random.key(0))[1]
     for threshold in (0.1, 0.5, 0.9):
         step(stacked, state, Plan(depth=Saturation(threshold=threshold)))
     for depths in ([1, 2], [3, 4]):

@@ -42,8 +42,15 @@ def test_every_nested_policy_is_listed():
     assert listed == named and all(policy.nested for policy, _, _ in SCHEDULES.values())
 
 
-@pytest.mark.parametrize("driver", [None, "masked"])
-@pytest.mark.parametrize("name", SCHEDULES)
+MASKED = {"skip_always", "unified_skip", "decay_power"}  # of two that skip alike, one
+CASES = [
+    pytest.param(name, driver, marks=[pytest.mark.slow] * (driver == "masked" and name not in MASKED))
+    for name in SCHEDULES
+    for driver in (None, "masked")
+]
+
+
+@pytest.mark.parametrize(("name", "driver"), CASES)
 def test_nested_schedules_never_read_what_is_missing(roll, name, driver, prompts):
     policy, prompt_skips, token_skips = SCHEDULES[name]
     plan = Plan(depth=policy)

@@ -1,6 +1,7 @@
 """Sparse prompts through a whole model against masked attention, and prompts in chunks against prompts read at once."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,11 @@ def run(model, plan, *, tokens=TOKENS, lengths=LENGTHS, capacity=32, chunk=None)
 
 def masked_logits(model, seen):
     """The logits of every position where a query of layer l sees the keys ``seen(l, query, key)`` up to its own."""
+    return np.asarray(_masked_logits(model, seen))
+
+
+@functools.partial(jax.jit, static_argnames="seen")
+def _masked_logits(model, seen):
     query, key = np.arange(T)[:, None], np.arange(T)[None]
     positions_BT, x_BTD = jnp.broadcast_to(jnp.arange(T), TOKENS.shape), model.embed(jnp.asarray(TOKENS))
     for number, layer in enumerate(model.layers):
@@ -43,7 +49,7 @@ def masked_logits(model, seen):
             return jnp.einsum("bnts,bsnh->btnh", weights, v), None
 
         x_BTD, _ = layer(x_BTD, positions_BT, attend)
-    return np.asarray(model.unembed(x_BTD))
+    return model.unembed(x_BTD)
 
 
 def a_shape_seen(layer, query, key):
@@ -62,10 +68,11 @@ def test_a_sparse_prompt_is_masked_attention(tiny_model, policy, seen):
     np.testing.assert_allclose(logits, want[np.arange(3), LENGTHS - 1], **CLOSE)
     assert not np.allclose(logits[0], masked_logits(tiny_model, lambda *_: True)[0, -1], **CLOSE)
     # The whole text counts as the prompt where nothing is said; else what follows the prompt attends to everything.
-    whole = forward(tiny_model, jnp.asarray(TOKENS), Plan(sparsity=policy)).logits
+    whole = jax.jit(forward)(tiny_model, jnp.asarray(TOKENS), Plan(sparsity=policy)).logits
     np.testing.assert_allclose(whole, want, **CLOSE)
     later = masked_logits(tiny_model, lambda layer, query, key: seen(layer, query, key) | (query >= 13))
-    got = forward(tiny_model, jnp.asarray(TOKENS), Plan(sparsity=policy), prompt_lengths=jnp.full(3, 13)).logits
+    sizes = {"prompt_lengths": jnp.full(3, 13)}
+    got = jax.jit(forward)(tiny_model, jnp.asarray(TOKENS), Plan(sparsity=policy), **sizes).logits
     np.testing.assert_allclose(got, later, **CLOSE)
 
 
@@ -106,7 +113,7 @@ def windowed(window):
     ],
     ids=["dense", "a_shape", "tri_shape", "power", "skip", "mask", "quest"],
 )
-@pytest.mark.parametrize("chunk", [4, 8])
+@pytest.mark.parametrize("chunk", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_chunks_are_the_prompt_read_at_once(tiny_model, plan, chunk):
     logits, state = run(tiny_model, plan)
     got, chunked = run(tiny_model, plan, chunk=chunk)

@@ -47,10 +47,10 @@ def folder(tmp_path_factory):
 
 def fit_readout(model, tokenizer):
     """The vocabulary matrix [D, V] that maps final states to the next tokens of the texts by least squares."""
-    states, following = [], []
+    states, following, layer_states = [], [], jax.jit(dyninf.layer_states)
     for text in TEXTS:
         ids = np.asarray(tokenizer.encode(text).ids[:80])
-        x = np.asarray(dyninf.layer_states(model, ids[None, :-1])[-1, 0])
+        x = np.asarray(layer_states(model, ids[None, :-1])[-1, 0])
         states.append(x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True)))
         following.append(np.eye(model.config.vocab_size)[ids[1:]])
     fitted, *_ = np.linalg.lstsq(np.concatenate(states), np.concatenate(following), rcond=None)

@@ -14,7 +14,7 @@ from dyninf.models import ModelConfig, Transformer
 def test_cosines_by_hand():
     """Means (3, 4), (0, 2), (-1, 0); queries (1, 0) and (0, 5): cosines 0.6 and 0.8, 0 and 1, -1 and 0."""
     summary = jnp.array([[3.0, 4], [0, 2], [-1, 0], [jnp.nan, jnp.nan]])[None, :, None]
-    scores = ActQKV().score(jnp.array([[[[1.0, 0], [0, 5]]]]), summary, jnp.array([3]))
+    scores = jax.jit(ActQKV().score)(jnp.array([[[[1.0, 0], [0, 5]]]]), summary, jnp.array([3]))
     np.testing.assert_allclose(scores[0, 0], [0.8, 1.0, 0.0, -np.inf], atol=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,8 +56,14 @@ def asked(cache, select, angles, positions, asking=(True, True)):
     radians = np.radians(np.array(angles, np.float32))
     q = jnp.asarray(np.stack([np.cos(radians), np.sin(radians)], axis=1)[:, None, None])
     at = jnp.asarray(positions)[:, None]
-    cache = remember_scores(cache, select, q, at, jnp.array(asking)[:, None])
-    return cache, choose_pages(cache, select, q, at).pages[:, 0].tolist()
+    cache, pages = _asked(cache, select, q, at, jnp.array(asking)[:, None])
+    return cache, pages.tolist()
+
+
+@jax.jit
+def _asked(cache, select, q, at, asking):
+    cache = remember_scores(cache, select, q, at, asking)
+    return cache, choose_pages(cache, select, q, at).pages[:, 0]
 
 
 def test_scores_are_kept_while_queries_stay_alike_by_hand():
@@ -105,7 +112,8 @@ def test_a_layer_takes_the_scores_of_the_one_before():
     dense = dataclasses.replace(leader, summary=None, choice=None)
     assert lend((leader,), dense) is dense
     select = TopK(scorer=PageMean(page_size=2), budget=4, sinks=0, share=2)
-    assert asked(lent, select, [0, 0], [7, 7])[0] is lent
+    at, asking = jnp.array([[7], [7]]), jnp.ones((2, 1), bool)
+    assert remember_scores(lent, select, jnp.zeros((2, 1, 1, 2)), at, asking) is lent
 
 
 def test_which_layers_lead():

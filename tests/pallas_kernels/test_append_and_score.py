@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import append_and_score, append_tokens, page_scores
+from pallas_kernels import append_and_score, page_scores
 from pallas_kernels.append_and_score import apart, mosaic_gpu, whole_pages
-from tests.pallas_kernels.test_append_tokens import PAGE, SLOTS, B, H, K, L, S, make
+from tests.pallas_kernels.test_append_tokens import PAGE, SLOTS, B, H, K, L, S, append, make
 
 G = 3
+# Compiled as one program, as there.
+both = jax.jit(append_and_score, static_argnames=("kind", "page_size", "reduce"))
+scores = jax.jit(page_scores)
 needs_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the GPU kernel needs jax 0.11.2")
 
 
@@ -50,14 +53,12 @@ def compare(got, want, tolerance):
 @pytest.mark.parametrize("slots", SLOTS)
 def test_pages_before_the_new_tokens_are_scored(rng, slots, kind):
     arrays = arguments(rng, SLOTS[slots], kind)
-    *cache, scores_BKP = append_and_score(*arrays, kind=kind, page_size=PAGE, layer=jnp.int32(1))
-    for one, other in zip(
-        cache, append_tokens(*arrays[:6], kind=kind, page_size=PAGE, layer=jnp.int32(1)), strict=True
-    ):
+    *cache, scores_BKP = both(*arrays, kind=kind, page_size=PAGE, layer=jnp.int32(1))
+    for one, other in zip(cache, append(*arrays[:6], kind=kind, page_size=PAGE, layer=jnp.int32(1)), strict=True):
         np.testing.assert_array_equal(one, other)
     counts = {"one": [1, 0, 2], "crossing": [0, 2, 2], "outside": [0, 0, 0]}[slots]
-    np.testing.assert_array_equal(jnp.sum(scores_BKP > -jnp.inf, axis=2), np.repeat(counts, K).reshape(B, K))
-    np.testing.assert_array_equal(scores_BKP, page_scores(arrays[6], arrays[2], jnp.array(counts), layer=jnp.int32(1)))
+    np.testing.assert_array_equal((np.asarray(scores_BKP) > -np.inf).sum(axis=2), np.repeat(counts, K).reshape(B, K))
+    np.testing.assert_array_equal(scores_BKP, scores(arrays[6], arrays[2], jnp.array(counts), layer=jnp.int32(1)))
 
 
 @needs_mosaic_gpu
@@ -123,8 +124,8 @@ def test_bad_input_is_refused(rng, change, message):
 def test_layers_are_optional_and_the_number_of_layers_does_not_matter(rng):
     arrays = arguments(rng, SLOTS["one"], "mean")
     assert arrays[0].shape[0] == L
-    stacked = append_and_score(*arrays, kind="mean", page_size=PAGE, layer=jnp.int32(1))
-    single = append_and_score(*(a[1] for a in arrays[:3]), *arrays[3:], kind="mean", page_size=PAGE)
+    stacked = both(*arrays, kind="mean", page_size=PAGE, layer=jnp.int32(1))
+    single = both(*(a[1] for a in arrays[:3]), *arrays[3:], kind="mean", page_size=PAGE)
     for one, other in zip(single[:3], stacked[:3], strict=True):
         np.testing.assert_array_equal(one, other[1])
     np.testing.assert_array_equal(single[3], stacked[3])

@@ -1,5 +1,7 @@
 """Attention of a prompt to the blocks of an index, and the choice of these blocks, against NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,14 @@ from pallas_kernels import BlockIndex, block_sparse_attention, choose_blocks
 from pallas_kernels.block_sparse_attention import mosaic_gpu, mosaic_tpu
 from pallas_kernels.choose_blocks import topk
 from pallas_kernels.dispatch import MOSAIC_GPU_JAX
+
+# Compiled as one program: op by op, every shape would compile twenty.
+attend = jax.jit(block_sparse_attention, static_argnames=("offset", "window", "sinks", "with_lse", "implementation"))
+choice = jax.jit(choose_blocks, static_argnames=("block_size", "budget", "sinks", "recent", "offset"))
+
+
+def choose(*arguments, **options):
+    return jax.tree.map(np.asarray, choice(*arguments, **options))
 
 
 def attend_numpy(q, k, v, counts, blocks, size, *, lengths, offset, window=None, sinks=0, order=None):
@@ -70,9 +80,7 @@ def test_reference_equals_numpy(rng, name, window):
     (q, k, v), index, about = make_case(rng, **CASES[name])
     options = {"window": window, "sinks": 0 if window is None else 2}
     lengths = jnp.asarray(about["lengths"], jnp.int32)
-    out, lse = block_sparse_attention(
-        q, k, v, index, lengths, offset=about["offset"], with_lse=True, implementation="xla", **options
-    )
+    out, lse = attend(q, k, v, index, lengths, offset=about["offset"], with_lse=True, implementation="xla", **options)
     numbers = [np.asarray(x) for x in (q, k, v, index.counts, index.blocks)]
     expected, sums = attend_numpy(*numbers, index.block_size, **about, **options)
     np.testing.assert_allclose(out, expected, atol=2e-5)
@@ -88,7 +96,7 @@ def test_an_order_moves_tokens_between_blocks_and_changes_no_position(rng, name,
     order = rng.permuted(np.broadcast_to(np.arange(q.shape[1]), (2, q.shape[2], q.shape[1])), axis=2)
     lengths = jnp.asarray(about["lengths"], jnp.int32)
     given = {"order_BNT": jnp.asarray(order, jnp.int32), "with_lse": True, **options}
-    out, lse = block_sparse_attention(q, k, v, index, lengths, **given)
+    out, lse = attend(q, k, v, index, lengths, **given)
     numbers = [np.asarray(x) for x in (q, k, v, index.counts, index.blocks)]
     expected, sums = attend_numpy(*numbers, index.block_size, **about, **options, order=order)
     np.testing.assert_allclose(out, expected, atol=2e-5)
@@ -112,17 +120,17 @@ def test_an_order_of_a_part_of_a_prompt_is_refused(rng):
 def test_chosen_by_hand():
     # Row 2 of blocks of 4 ends with block 2. Forced: 0 and 2. Of the others, block 1 alone exists.
     scores = jnp.array([[[[9, 9, 9, 9], [1, 2, 9, 9], [1, 5, 2, 9], [4, 1, 3, 2]]]], jnp.float32)
-    index, wanted = choose_blocks(scores, block_size=4, budget=3)
+    index, wanted = choose(scores, block_size=4, budget=3)
     assert index.counts[0, 0].tolist() == [1, 2, 3, 3]
     assert [row[:count].tolist() for row, count in zip(index.blocks[0, 0], index.counts[0, 0], strict=True)] == [
         [0], [0, 1], [0, 1, 2], [0, 2, 3],
     ]  # fmt: skip
     assert wanted[0, 0].tolist() == [1, 2, 3, 4]
     # Row 3: sum 10; forced 0 and 3 hold 6. With 0.65 block 2 is needed (6 < 6.5), then 9 are held: enough.
-    index, wanted = choose_blocks(scores, block_size=4, budget=4, mass=0.65)
+    index, wanted = choose(scores, block_size=4, budget=4, mass=0.65)
     assert index.counts[0, 0].tolist() == [1, 2, 3, 3] and wanted[0, 0].tolist() == [1, 2, 3, 3]
     # With 0.6 the forced ones are enough; the budget cuts off nothing.
-    assert choose_blocks(scores, block_size=4, budget=4, mass=0.6)[0].counts[0, 0].tolist() == [1, 2, 3, 2]
+    assert choose(scores, block_size=4, budget=4, mass=0.6)[0].counts[0, 0].tolist() == [1, 2, 3, 2]
 
 
 @pytest.mark.parametrize("way", ["xla", "topk_pages"])
@@ -131,10 +139,11 @@ def test_choice_equals_numpy(rng, mass, way):
     scores = np.round(rng.exponential(size=(2, 3, 5, 9)), 1).astype(np.float32)  # some of them are equal
     options = {"block_size": 8, "budget": 4, "sinks": 1, "recent": 2}
     if way == "xla":
-        index, wanted = choose_blocks(jnp.asarray(scores), mass=mass, offset=16, **options)
+        index, wanted = choose(jnp.asarray(scores), mass=mass, offset=16, **options)
     else:  # with the reference of the pages, where no kernel serves
         share = None if mass is None else jnp.float32(mass)
-        index, wanted = topk.choose_blocks(jnp.asarray(scores), share, jnp.int32(16), implementation="xla", **options)
+        run = functools.partial(topk.choose_blocks, implementation="xla", **options)
+        index, wanted = jax.tree.map(np.asarray, jax.jit(run)(jnp.asarray(scores), share, jnp.int32(16)))
     for place in np.ndindex(2, 3, 5):
         last = 2 + place[2]
         exist = list(range(min(last + 1, 9)))

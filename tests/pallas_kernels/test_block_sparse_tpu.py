@@ -11,7 +11,8 @@ import pytest
 from pallas_kernels import BlockIndex, block_sparse_attention, dispatch
 from pallas_kernels.block_sparse_attention import BLOCK_SPARSE, mosaic_tpu
 from tests.pallas_kernels.test_block_sparse import make_case
-from tests.pallas_kernels.test_selection_tpu import TPUS, compile_for, interpreted
+from tests.pallas_kernels.test_selection_tpu import compile_for, interpreted
+from tests.pallas_kernels.tpus import TPUS
 
 SIZES = {"tokens": 200, "keys": 300, "heads": 4, "kv": 2, "dim": 64, "size": 128, "entries": 3, "offset": 0}
 STREAMED = {"vmem": 0}  # no room for all keys of a head

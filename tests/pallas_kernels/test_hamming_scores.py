@@ -11,8 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, hamming_scores
 from pallas_kernels.hamming_scores import HAMMING_SCORES, mosaic_tpu
-
-TPUS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+from tests.pallas_kernels.tpus import in_turn
 
 
 def make(rng, words, heads, group, slots, dtype=np.uint32, layers=2):
@@ -73,26 +72,29 @@ def test_the_tpu_kernel_interpreted(rng, sizes, cores):
         assert not interpret_pallas_call.races.races_found
 
 
-@pytest.mark.parametrize("tpu", TPUS)
-def test_the_tpu_kernel_compiles_and_copies_no_codes(tpu):
+SIZES = (
+    (4, 8, 4, 32768, jnp.uint32),
+    (8, 2, 8, 20001, jnp.int32),
+    (1, 8, 1, 65536, jnp.uint32),
+    (2, 1, 5, 131072, jnp.uint32),
+    (3, 32, 1, 10001, jnp.uint32),
+)
+
+
+@pytest.mark.parametrize(("sizes", "tpu"), in_turn(SIZES))
+def test_the_tpu_kernel_compiles_and_copies_no_codes(sizes, tpu):
     pytest.importorskip("libtpu", reason="needs libtpu to compile for a TPU: pip install dyninf[tpu]")
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=tpu).devices
     sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(devices[:1], ("x",)), jax.sharding.PartitionSpec())
-    for words, heads, group, slots, dtype in (
-        (4, 8, 4, 32768, jnp.uint32),
-        (8, 2, 8, 20001, jnp.int32),
-        (1, 8, 1, 65536, jnp.uint32),
-        (2, 1, 5, 131072, jnp.uint32),
-        (3, 32, 1, 10001, jnp.uint32),
-    ):
-        shapes = [((4, 16, words, heads, slots), dtype), ((16, heads * group, words), dtype)]
-        shapes += [((16,), jnp.int32), ((), jnp.int32)]
-        arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
-        run = jax.jit(functools.partial(mosaic_tpu.hamming_scores, reduce="max"), out_shardings=sharding)
-        used = run.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-        assert used < 4 * np.prod(shapes[0][0]) / 10
+    words, heads, group, slots, dtype = sizes
+    shapes = [((4, 16, words, heads, slots), dtype), ((16, heads * group, words), dtype)]
+    shapes += [((16,), jnp.int32), ((), jnp.int32)]
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
+    run = jax.jit(functools.partial(mosaic_tpu.hamming_scores, reduce="max"), out_shardings=sharding)
+    used = run.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    assert used < 4 * np.prod(shapes[0][0]) / 10
 
 
 FACTS = {"platform": "gpu", "words": 4, "group": 4, "num_kv": 8, "num_slots": 4096}

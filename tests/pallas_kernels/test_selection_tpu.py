@@ -14,8 +14,8 @@ from pallas_kernels.attention import DECODE
 from pallas_kernels.attention import mosaic_tpu as attention_kernel
 from pallas_kernels.page_scores import PAGE_SCORES
 from pallas_kernels.page_scores import mosaic_tpu as scores_kernel
+from tests.pallas_kernels.tpus import in_turn
 
-TPUS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 INTERPRET = {"detect_races": True, "uninitialized_memory": "nan"}
 
 
@@ -150,19 +150,22 @@ def attend(q, k, v, positions, layer, *pages, page, window=None):
     return attention_kernel.decode_attention(q, k, v, positions, layer=layer, index=index, window=window)
 
 
-@pytest.mark.parametrize("tpu", TPUS)
-def test_attention_compiles_and_gathers_nothing(tpu):
-    for sizes, window in (
-        ((16, 1, 32, 8, 128, 8192, jnp.bfloat16, None, None), None),
-        ((16, 1, 32, 8, 128, 8192, jnp.bfloat16, 16, 128), None),
-        ((16, 3, 8, 2, 128, 32784, jnp.bfloat16, 128, 16), 4096),
-        ((4, 8, 16, 4, 256, 8200, jnp.bfloat16, 8, 512), None),
-        ((64, 1, 3, 1, 128, 8208, jnp.bfloat16, 32, 64), None),
-        ((8, 1, 8, 2, 128, 8192, jnp.float32, 64, 20), None),
-    ):
-        shapes = read_shapes(*sizes)
-        cache = 2 * np.prod(shapes[1][0]) * shapes[1][1].dtype.itemsize
-        assert compile_for(tpu, functools.partial(attend, page=sizes[-2], window=window), *shapes) < cache / 100
+COMPILED = (
+    ((16, 1, 32, 8, 128, 8192, jnp.bfloat16, None, None), None),
+    ((16, 1, 32, 8, 128, 8192, jnp.bfloat16, 16, 128), None),
+    ((16, 3, 8, 2, 128, 32784, jnp.bfloat16, 128, 16), 4096),
+    ((4, 8, 16, 4, 256, 8200, jnp.bfloat16, 8, 512), None),
+    ((64, 1, 3, 1, 128, 8208, jnp.bfloat16, 32, 64), None),
+    ((8, 1, 8, 2, 128, 8192, jnp.float32, 64, 20), None),
+)
+
+
+@pytest.mark.parametrize(("case", "tpu"), in_turn(COMPILED))
+def test_attention_compiles_and_gathers_nothing(case, tpu):
+    sizes, window = case
+    shapes = read_shapes(*sizes)
+    cache = 2 * np.prod(shapes[1][0]) * shapes[1][1].dtype.itemsize
+    assert compile_for(tpu, functools.partial(attend, page=sizes[-2], window=window), *shapes) < cache / 100
 
 
 @pytest.mark.parametrize(("heads", "dim", "page"), [(8, 64, 16), (8, 128, None)], ids=str)
@@ -184,18 +187,21 @@ def test_a_loop_that_appends_copies_the_cache_no_more_for_the_kernel(heads, dim,
     assert kernel <= without + 2**24
 
 
-@pytest.mark.parametrize("tpu", TPUS)
-def test_scores_compile_and_copy_nothing(tpu):
-    for tokens, heads, kv, dim, width, pages, dtype in (
-        (1, 32, 8, 128, 256, 4096, jnp.bfloat16),
-        (3, 8, 2, 64, 128, 20001, jnp.bfloat16),
-        (1, 3, 1, 128, 256, 16384, jnp.bfloat16),
-        (1, 8, 4, 256, 512, 4001, jnp.float32),
-    ):
-        shapes = [((8, tokens, heads, dim), dtype), ((8, 8, pages, kv, width), dtype), ((8,), jnp.int32)]
-        run = functools.partial(scores_kernel.page_scores, reduce="max", scale=0.5)
-        summaries = 64 * pages * kv * width * jnp.dtype(dtype).itemsize
-        assert compile_for(tpu, run, *shapes, ((), jnp.int32)) < summaries / 40
+SCORED = (
+    (1, 32, 8, 128, 256, 4096, jnp.bfloat16),
+    (3, 8, 2, 64, 128, 20001, jnp.bfloat16),
+    (1, 3, 1, 128, 256, 16384, jnp.bfloat16),
+    (1, 8, 4, 256, 512, 4001, jnp.float32),
+)
+
+
+@pytest.mark.parametrize(("sizes", "tpu"), in_turn(SCORED))
+def test_scores_compile_and_copy_nothing(sizes, tpu):
+    tokens, heads, kv, dim, width, pages, dtype = sizes
+    shapes = [((8, tokens, heads, dim), dtype), ((8, 8, pages, kv, width), dtype), ((8,), jnp.int32)]
+    run = functools.partial(scores_kernel.page_scores, reduce="max", scale=0.5)
+    summaries = 64 * pages * kv * width * jnp.dtype(dtype).itemsize
+    assert compile_for(tpu, run, *shapes, ((), jnp.int32)) < summaries / 40
 
 
 FACTS = {"platform": "tpu", "capability": None, "dtype": jnp.bfloat16, "head_dim": 128, "num_queries": 1, "num_kv": 8}

@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import dispatch, topk_pages
 from pallas_kernels.topk_pages import TOPK_PAGES
+from tests.pallas_kernels.tpus import in_turn
 
 needs_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the GPU kernel needs jax 0.11.2")
 # pages, k, sinks, recent
@@ -74,9 +75,8 @@ def specs(batch, heads, num_pages, **options):
     return [jax.ShapeDtypeStruct(shape, dtype, **options) for dtype, shape in shapes.items()]
 
 
-@pytest.mark.parametrize(("num_pages", "k"), [(1000, 7), (65536, 512)])
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_the_tpu_kernel_compiles(topology, num_pages, k):
+@pytest.mark.parametrize(("sizes", "topology"), in_turn([(1000, 7), (65536, 512)]))
+def test_the_tpu_kernel_compiles(sizes, topology):
     pytest.importorskip("libtpu", reason="needs libtpu to compile for a TPU: pip install dyninf[tpu]")
     from jax.experimental import topologies
 
@@ -84,6 +84,7 @@ def test_the_tpu_kernel_compiles(topology, num_pages, k):
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(devices[:1], ("x",)), jax.sharding.PartitionSpec())
+    num_pages, k = sizes
     run = functools.partial(mosaic_tpu.topk_pages, k=k, page_size=16, sinks=1, recent=1)
     jax.jit(run, out_shardings=sharding).lower(*specs(2, 8, num_pages, sharding=sharding)).compile()
 

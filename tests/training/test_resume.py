@@ -108,7 +108,8 @@ def test_a_run_makes_a_model_that_loads(finished, config):
     last = [event for event in events if event["event"] == "eval"][-1]
     held_out = TokenData.open(run / "heldout.tokens")
     tokens = np.concatenate([held_out.batch(i, batch_size=2, length=16, seed=0) for i in range(2)])
-    logits = dyninf.forward(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model), tokens[:, :-1]).logits
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)
+    logits = jax.jit(dyninf.forward)(model, tokens[:, :-1]).logits
     loss = -np.mean(np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[:, 1:, None], -1))
     assert last["step"] == 64 and len(last["exit_losses"]) == 3
     assert abs(loss - last["exit_losses"][-1]) < 0.02
