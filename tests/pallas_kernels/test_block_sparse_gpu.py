@@ -133,6 +133,19 @@ def test_agrees_with_the_reference(rng, name, cores, monkeypatch):
         assert same.all()  # the same numbers each time
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["one", "long", "odd", "short", "between"])
+def test_small_calls_for_a_memory_checker(rng, name):  # which is slow with anything but the kernels
+    case = CASES[name]
+    (q, k, v), index, lengths = make(case, rng)
+    about = {"offset": jnp.int32(case.offset), "window": case.window, "cores": 2}
+    sparse = mosaic_gpu.block_sparse_attention(q, k, v, index, lengths, sinks=case.sinks, **about)
+    ends = np.full(1, case.keys) if lengths is None else np.array(case.lengths)
+    valid = case.offset + np.arange(case.tokens)[None] < ends[:, None]
+    for found in (sparse, mosaic_gpu.prefill_attention(q, k, v, lengths, **about)):
+        assert np.isfinite(np.asarray(found, np.float32)[valid]).all()
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
