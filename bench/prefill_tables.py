@@ -77,7 +77,7 @@ def prompt_table() -> str:
 
 
 def _dense_rows(mine, rows):
-    cases = list(dict.fromkeys((row["head_dim"], row["case"][0]) for row in mine))
+    cases = sorted({(row["head_dim"], row["case"][0]) for row in mine})
     lines = []
     for program in dict.fromkeys(row["program"] for row in mine):
         found = {(row["head_dim"], row["case"][0]): row for row in mine if row["program"] == program}
@@ -127,10 +127,11 @@ def _policy_rows(mine, rows):
                 f"{attend['ms']:.2f}",
                 f"{100 * select['ms'] / attend['ms']:.0f} %",
                 f"{dense / total:.1f}x" if dense else "",
+                f"{attend['error']:.3f}" if "error" in attend else "",
             ]
         )
     head = ["tokens", "policy", "causal blocks", "choosing, ms", "attention, ms", "choosing of attention"]
-    return [*head, "together, of dense cuDNN"], lines
+    return [*head, "together, of dense cuDNN", "error"], lines
 
 
 def _dense(rows, tokens):
