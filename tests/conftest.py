@@ -5,6 +5,7 @@ is laid out on a mesh; all else runs on the first. An implicit rank promotion ra
 precision, and warnings are errors (pyproject.toml).
 """
 
+import ctypes
 import dataclasses
 import gc
 import importlib.util
@@ -50,7 +51,7 @@ def pytest_configure(config):
 def pytest_collection_finish(session):
     # What was imported stays; tracing makes many objects, and looking through all of them is a tenth of the time.
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(10_000, 10, 10)
 
 
 def pytest_report_header(config):
@@ -77,12 +78,18 @@ def pytest_terminal_summary(terminalreporter):
 def bounded_mappings():
     """Forget compiled programs before they use up a process's memory mappings, of which Linux allows 65530.
 
-    A program takes ten or more; without them XLA ends the process with a segmentation fault.
+    A program takes ten or more; without them XLA ends the process with a segmentation fault. And before they take
+    more than 4 GiB, which glibc keeps unless told.
     """
     yield
-    mappings = Path("/proc/self/maps")
-    if mappings.exists() and mappings.read_bytes().count(b"\n") > 25_000:
+    mappings, sizes = Path("/proc/self/maps"), Path("/proc/self/statm")
+    if not mappings.exists():
+        return
+    resident = int(sizes.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if mappings.read_bytes().count(b"\n") > 25_000 or resident > 4 * 2**30:
         jax.clear_caches()
+        gc.collect()
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
 
 
 @pytest.fixture

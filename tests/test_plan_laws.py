@@ -40,8 +40,8 @@ LENGTHS = np.array([7, 4, 5])
 PLANS = {**plans(L), "exit_catch_up": Plan(depth=every(Confidence(threshold=0.9), step=1), fill="catch_up", window=2)}
 NAMES = sorted(PLANS)
 STATIC = {name for name in NAMES if PLANS[name].depth.static_layers(L) is not None}
-# Differ from a plan beside them by how they score or when they do: held to the laws in slow runs.
-ALIKE = {"evict_pyramid_kv", "exit_capped", "exit_patience", "select_shared", "sparse_pooled_blocks"}
+# Differ from a plan beside them by how or when they score or by what they skip: held to the laws in slow runs.
+ALIKE = {"evict_pyramid_kv", "exit_capped", "exit_patience", "select_shared", "skip_middle", "sparse_pooled_blocks"}
 ALIKE |= {"decay_linear", "exit_budget", "exit_calm", "exit_entropy", "exit_margin", "exit_mue", "evict_hash"}
 ALIKE |= {"evict_recent", "select_reused", "sparse_lazy", "sparse_power", "sparse_tri_shape", "sparse_zip_vl"}
 ALIKE |= {f"sparse_{policy}" for policy in ("flex_prefill", "vertical_slash", "x_attention")}

@@ -6,6 +6,7 @@ features replaced), run with torch on ``draw`` of the same seeds.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,9 +33,24 @@ def empty_cache(budget, heads, dim, batch=1):
 
 
 def compress(evict, q, k, v, lengths):
-    obs = PromptKV(q_BTNH=jnp.asarray(q), k_BTKH=jnp.asarray(k), v_BTKH=jnp.asarray(v), lengths_B=jnp.asarray(lengths))
-    active = jnp.arange(k.shape[1])[None] < jnp.asarray(lengths)[:, None]
+    return _compress(evict, q, k, v, jnp.asarray(lengths))
+
+
+@jax.jit
+def _compress(evict, q, k, v, lengths):
+    obs = PromptKV(q_BTNH=q, k_BTKH=k, v_BTKH=v, lengths_B=lengths)
+    active = jnp.arange(k.shape[1])[None] < lengths[:, None]
     return evict.compress(empty_cache(evict.budget, k.shape[2], k.shape[3], len(k)), obs, active)
+
+
+@jax.jit
+def store(evict, *arrays):
+    return evict.store(*arrays)
+
+
+@jax.jit
+def observe(evict, *arrays):
+    return evict.observe(*arrays)
 
 
 def by_position(cache, below):
@@ -75,10 +91,10 @@ def test_d2o_merges_as_the_papers_code():
     evict, thresholds = TopK(scorer=D2O(), budget=11, sinks=4, recent=4), []
     for position in range(N, N + 6):
         at, yes = jnp.array([[position]]), jnp.ones((1, 1), bool)
-        cache = evict.store(cache, jnp.asarray(k[None, None, position]), jnp.asarray(v[None, None, position]), at, yes)
+        cache = store(evict, cache, k[None, None, position], v[None, None, position], at, yes)
         thresholds.append(float(cache.threshold[0]))
         last = by_position(cache, position)
-        cache = evict.observe(cache, jnp.asarray(q[None, None, position]), at, yes)
+        cache = observe(evict, cache, q[None, None, position], at, yes)
     np.testing.assert_allclose(thresholds, [0.888929, 0.863793, 0.907831, 0.905243, 0.872498, 0.833182], atol=1e-5)
     keys = [
         [0.8293, -1.2695, -0.2708, -0.4097, 0.1014, -1.1997, 2.0414, 0.6174, 0.467, 2.2463],
@@ -136,9 +152,9 @@ def test_one_merge_by_hand():
     evict = TopK(scorer=Newest(), budget=3, sinks=0)
     cache = compress(evict, k, np.asarray(k), 10 * np.asarray(k), [3])
     new, at, yes = jnp.full((1, 1, 1, 2), 7.0), jnp.array([[3]]), jnp.ones((1, 1), bool)
-    waiting = evict.store(cache, new, new, at, ~yes)
+    waiting = store(evict, cache, new, new, at, ~yes)
     np.testing.assert_array_equal(waiting.k, cache.k)
-    after = evict.store(cache, new, new, at, yes)
+    after = store(evict, cache, new, new, at, yes)
     # ((1, 1) + 0.7071 (2, 0)) / 2
     np.testing.assert_allclose(after.k[0, :, 0], [[7, 7], [0, 3], [1.2071068, 0.5]], rtol=1e-6)
     np.testing.assert_allclose(after.v[0, 2, 0], [12.071068, 5], rtol=1e-6)

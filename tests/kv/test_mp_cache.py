@@ -4,6 +4,7 @@ The scores and pages below were printed by the decode step of zwxandy/MPCache (5
 and ``groupidx_to_groupidx``, clusters of 8 and 4, run with torch on ``draw`` of the same seeds.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def scores_of(scorer, q_NH, k_SKH, spare=0):
         jnp.asarray(k_SKH)[None], jnp.array([len(k_SKH)]), page_size=scorer.page_size, kind="bounds"
     )
     bounds = jnp.pad(bounds, ((0, 0), (0, spare), (0, 0), (0, 0)), constant_values=jnp.nan)
-    scores = scorer.score(jnp.asarray(q_NH)[None, None], bounds, jnp.array([count]))
+    scores = jax.jit(scorer.score)(jnp.asarray(q_NH)[None, None], bounds, jnp.array([count]))
     assert scores.shape[-1] == count + spare and np.all(np.asarray(scores[..., count:]) == -np.inf)
     return np.asarray(scores[0, :, :count])
 

@@ -128,7 +128,7 @@ def test_held_out_losses_are_those_of_the_adapted_states(short, config, backbone
     assert np.all(np.abs(adapted - plain)[:-1] > 1e-2) and adapted[-1] == plain[-1]
 
 
-@pytest.mark.parametrize(("kind", "depths"), [("soft", (2, 3)), ("plain", (3,))])
+@pytest.mark.parametrize(("kind", "depths"), [("soft", (2, 3)), pytest.param("plain", (3,), marks=pytest.mark.slow)])
 def test_soft_and_plain_take_the_gradient_of_their_loss(kind, depths, recipe, config, backbone, tokens):
     recipe = dataclasses.replace(recipe, kind=kind, warmup=0, dropout=0.9)  # which neither kind reads
     state = init_state(config, recipe, backbone)
