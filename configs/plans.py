@@ -175,6 +175,8 @@ def plans(num_layers: int) -> dict[str, Plan]:
         "sparse_power": Plan(sparsity=PowerAttention(window=2, unit=128)),
         # The paper's seven tenths after 30, 60 and 90 % of the layers, of the shipped model's context of 2048 tokens.
         "sparse_lazy": Plan(sparsity=LazyLLM(layers=drops, budgets=(1434, 1003, 702))),
+        # The same with the paper's revival; seven and the new token make 8, the smallest tile of the matrix units.
+        "sparse_lazy_revive": Plan(sparsity=LazyLLM(layers=drops, budgets=(1434, 1003, 702), revive=7)),
         # Five blocks of 128, the size that kernels take, as many as sparse_a_shape has: the first column, and three
         # bands beside the diagonal, where the paper has six for a column.
         "sparse_vertical_slash": Plan(sparsity=VerticalSlash(vertical=1, slash=3)),

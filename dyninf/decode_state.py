@@ -12,6 +12,7 @@ from dyninf.kv.top_k import TopK, layer_slots, merges
 from dyninf.model import CausalLM, kv_shape
 from dyninf.plan import Plan, catches_up, leaves_gaps
 from dyninf.pytree import pytree
+from dyninf.revival import Dropped
 from dyninf.stats import StepStats
 
 
@@ -28,7 +29,8 @@ class DecodeState:
         step: tokens sampled so far (a scalar; the first is sampled from the prompt).
         stop: stop sequences ``[R, M]``, right-aligned, filled with -1 on the left.
         recent: the last M tokens of each sequence ``[B, M]``.
-        pending: tokens that wait for their upper layers, ``None`` unless the plan catches up.
+        pending: tokens that wait for their upper layers, ``None`` unless the plan catches up or brings dropped tokens
+            back.
     """
 
     token: jax.Array
@@ -39,7 +41,7 @@ class DecodeState:
     step: jax.Array
     stop: jax.Array
     recent: jax.Array
-    pending: Pending | None = None
+    pending: Pending | Dropped | None = None
 
 
 @pytree()
@@ -81,7 +83,7 @@ def check_state(state: DecodeState, plan: Plan, num_layers: int) -> None:
 
     Raises:
         ValueError: if the policy's state, the tracking of empty slots, what is evicted, the summaries of pages or the
-            window of waiting tokens differ.
+            tokens that wait differ.
     """
     made = jax.eval_shape(lambda: plan.depth.init((state.token.shape[0], 1)))
     same_depth = jax.tree.structure(made) == jax.tree.structure(state.depth)
@@ -91,11 +93,19 @@ def check_state(state: DecodeState, plan: Plan, num_layers: int) -> None:
     same_cache &= all(held <= budget for held, budget in zip(state.cache.slots, slots, strict=True))
     same_cache &= made_for(state.cache, plan.select)
     same_cache &= state.cache.choice_kinds == choice_kinds(plan.select, state.cache.summary_sizes)
-    window = None if state.pending is None else state.pending.layer_BW.shape[1]
-    same_window = window == (plan.window if catches_up(plan, num_layers) else None)
-    if not (same_depth and same_cache and same_window):
+    if not (same_depth and same_cache and _same_pending(state.pending, plan, num_layers)):
         raise ValueError(
             "expected a state that was made for this plan: its depth policy keeps another state, or the cache does not "
             f"track empty slots or waiting tokens as fill={plan.fill!r} needs, or evicts or selects otherwise; call "
             "prefill with the same plan"
         )
+
+
+def _same_pending(pending: Pending | Dropped | None, plan: Plan, num_layers: int) -> bool:
+    """Return whether the tokens that wait are those of a plan."""
+    if isinstance(pending, Dropped):
+        # Stages whose budget no prompt exceeds, the first ones, keep no states.
+        last = plan.sparsity.stages[len(plan.sparsity.stages) - len(pending.stages) :]
+        return (pending.revive, pending.stages) == (plan.sparsity.revive, last)
+    window = None if pending is None else pending.layer_BW.shape[1]
+    return window == (plan.window if catches_up(plan, num_layers) else None) and not plan.sparsity.revive

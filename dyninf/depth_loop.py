@@ -34,6 +34,7 @@ from dyninf.kv.choice import lend
 from dyninf.layer_run import LayerRun, LayersOut, decide, layer_groups, observe, plain_span, take_skip_state
 from dyninf.model import DecoderLayer
 from dyninf.plan import Plan, catches_up
+from dyninf.revival import Dropped, run_reviving
 
 Named = Literal["unrolled", "segments", "indexed", "masked", "scan"]
 Driver = Named | Compact
@@ -56,9 +57,9 @@ def check_driver(driver: Any, layers: Sequence[DecoderLayer], plan: Plan, batch:
 
     Raises:
         ValueError: if the driver is unknown, ``unrolled`` is asked of a policy that is not static, ``Compact`` would
-            gather the whole batch, another driver than ``segments`` is asked to catch up, ``scan`` is asked to
-            share choices of pages, or ``indexed`` is asked of layers that are not stacked or of a plan that it cannot
-            run.
+            gather the whole batch, another driver than ``segments`` is asked to catch up or another than ``unrolled``
+            to bring dropped tokens back, ``scan`` is asked to share choices of pages, or ``indexed`` is asked of layers
+            that are not stacked or of a plan that it cannot run.
     """
     num_layers = len(layers)
     if not isinstance(driver, Compact) and driver not in DRIVERS:
@@ -81,6 +82,11 @@ def check_driver(driver: Any, layers: Sequence[DecoderLayer], plan: Plan, batch:
         )
     if catches_up(plan, num_layers) and driver != "segments":
         raise ValueError(f"expected driver 'segments' for fill='catch_up', got {driver!r}; leave the driver out")
+    if plan.sparsity.revive and driver != "unrolled":
+        raise ValueError(
+            f"expected driver 'unrolled' for {type(plan.sparsity).__name__} with revive={plan.sparsity.revive}, got "
+            f"{driver!r}; leave the driver out"
+        )
 
 
 def run_layers(
@@ -92,13 +98,13 @@ def run_layers(
     state: Any,
     *,
     driver: Driver,
-    pending: Pending | None = None,
+    pending: Pending | Dropped | None = None,
 ) -> LayersOut:
     """Run ``x_BTD`` through the layers that ``policy`` asks for; :func:`check_driver` says whether a driver can.
 
     Args:
         caches: one a layer; for ``indexed`` the stacked cache of all.
-        pending: tokens that wait for their upper layers, of a plan that catches up.
+        pending: tokens that wait for their upper layers, of a plan that catches up or brings dropped tokens back.
 
     Raises:
         ValueError: if ``scan`` is asked of layers that differ in structure.
@@ -106,6 +112,8 @@ def run_layers(
     num_layers = len(layers)
     if driver == "indexed":
         return run_indexed(layers, x_BTD, caches, run, policy, state)
+    if isinstance(pending, Dropped):
+        return run_reviving(layers, x_BTD, caches, run, state, pending)
     if driver == "unrolled":
         return run_static(layers, x_BTD, caches, run, policy, state, policy.static_layers(num_layers))
     # Decoded tokens run no layer that the prompt did not run: what lies above is not even compiled.

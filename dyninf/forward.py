@@ -131,10 +131,10 @@ def _forward_by_steps(model, tokens_BT, plan, lengths_B, prompt_lengths_B) -> Fo
     out = forward(model, tokens_BT, kept, lengths=prompt_lengths_B, prompt_lengths=prompt_lengths_B)
     spec = CacheSpec(capacity=length, generated=length)
     logits_BV, state = prefill(model, tokens_BT, prompt_lengths_B, plan, spec, jax.random.key(0))
-    rows = jnp.arange(batch)
+    rows, driver = jnp.arange(batch), None if plan.sparsity.revive else "masked"
     if plan.sparsity.stages:
         cache = init_cache(model, batch, spec, **cache_layout(plan, model, batch, length, spec))
-        last_B1D, _ = run_prompt(model, tokens_BT, prompt_lengths_B, plan, cache, None)
+        last_B1D, *_ = run_prompt(model, tokens_BT, prompt_lengths_B, plan, cache, None)
         at = rows, prompt_lengths_B - 1
         states = out.states.at[at].set(last_B1D[:, 0])
         logits = out.logits.at[at].set(logits_BV.astype(out.logits.dtype))
@@ -145,7 +145,7 @@ def _forward_by_steps(model, tokens_BT, plan, lengths_B, prompt_lengths_B) -> Fo
         position_B = prompt_lengths_B + offset
         token_B = jnp.take_along_axis(tokens_BT, jnp.minimum(position_B, length - 1)[:, None], axis=1)[:, 0]
         state = dataclasses.replace(state, token=token_B, done=position_B >= lengths_B, step=offset + 1)
-        state, logits_BV, x_BD, stats = advance_step(model, state, plan, driver="masked")
+        state, logits_BV, x_BD, stats = advance_step(model, state, plan, driver=driver)
         at_B = jnp.where(state.done, length, position_B)  # dropped
         put = lambda whole, part: whole.at[rows, at_B].set(part.astype(whole.dtype), mode="drop")  # noqa: E731
         out = Forward(

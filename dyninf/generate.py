@@ -66,7 +66,7 @@ def prefill(
     if spec.capacity < length:
         raise ValueError(f"expected a cache of at least {length} slots for this prompt, got {spec.capacity}")
     cache = init_cache(model, batch, spec, **cache_layout(plan, model, batch, length, spec))
-    last_BTD, caches = run_prompt(model, tokens, lengths, plan, cache, chunk)
+    last_BTD, caches, pending = run_prompt(model, tokens, lengths, plan, cache, chunk)
     logits_BV = model.unembed(last_BTD)[:, 0].astype(jnp.float32)
     stop = jnp.zeros((0, 1), jnp.int32) if stop is None else stop
     state = DecodeState(
@@ -78,7 +78,7 @@ def prefill(
         step=jnp.int32(0),
         stop=stop,
         recent=jnp.full((batch, stop.shape[1]), PAD, jnp.int32),
-        pending=no_pending(last_BTD, plan.window, num_layers) if catches_up(plan, num_layers) else None,
+        pending=no_pending(last_BTD, plan.window, num_layers) if catches_up(plan, num_layers) else pending,
     )
     return logits_BV, _sample(state, logits_BV, plan)
 

@@ -67,7 +67,7 @@ class LayersOut:
         state: policy state.
         needed_BT: layers each token needed (0 for tokens that do not exist).
         run: layers the hardware ran, int32.
-        pending: tokens that wait for their upper layers, ``None`` unless the plan catches up.
+        pending: tokens that wait for their upper layers, ``None`` unless the plan catches up or revives.
     """
 
     x_BTD: jax.Array

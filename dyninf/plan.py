@@ -122,6 +122,11 @@ def _check_stages(plan: Plan, num_layers: int) -> None:
         )
     if plan.fill == "catch_up":
         raise NotImplementedError(f"expected fill='propagate' or 'mask' {dropping}, got 'catch_up'")
+    if plan.sparsity.revive and plan.depth != RunAll():
+        raise NotImplementedError(
+            f"expected depth=RunAll() for {type(plan.sparsity).__name__} with revive={plan.sparsity.revive}, got "
+            f"{plan.depth!r}: tokens that return would stop where the new one does"
+        )
     kept = plan.depth.prefill_layers(num_layers)
     for layer, _ in plan.sparsity.stages:
         if layer <= max(kept) and layer - 1 not in kept:

@@ -22,6 +22,7 @@ from dyninf.layer_run import LayerRun, LayersOut
 from dyninf.model import Attend, CausalLM, readout_of
 from dyninf.own_cache import OwnCache
 from dyninf.plan import Plan, propagates
+from dyninf.revival import Dropped, put_states
 from dyninf.sparsity.base import PromptObs, SparsityPolicy
 
 
@@ -59,14 +60,15 @@ def check_chunk(plan: Plan, chunk: int | None) -> None:
 
 def run_prompt(
     model: CausalLM, tokens_BT: jax.Array, lengths_B: jax.Array, plan: Plan, cache: KVCache, chunk: int | None
-) -> tuple[jax.Array, tuple[LayerCache | OwnCache, ...]]:
+) -> tuple[jax.Array, tuple[LayerCache | OwnCache, ...], Dropped | None]:
     """Run prompts into an empty cache.
 
     Args:
         chunk: tokens that are read at a time; prompts that are no longer are read at once, as with ``None``.
 
     Returns:
-        The final state of the last token of each prompt ``[B, 1, D]``, and the caches of all layers.
+        The final state of the last token of each prompt ``[B, 1, D]``, the caches of all layers, and the states of
+        dropped tokens that may return, ``None`` for plans under which none does.
 
     Raises:
         ValueError: if the chunk is no multiple of the blocks of a sparsity policy, or the cache has no room for it.
@@ -96,16 +98,18 @@ def run_prompt(
     like = jax.eval_shape(model.embed, tokens_BT[:, :1])
     first = (jnp.zeros(like.shape, like.dtype), cache.layers)
     last_BTD, caches = jax.lax.fori_loop(0, -(-jnp.max(lengths_B) // chunk), body, first)
-    return last_BTD, tuple(summarize_prompt(layer, plan.select, length, lengths_B) for layer in caches)
+    return last_BTD, tuple(summarize_prompt(layer, plan.select, length, lengths_B) for layer in caches), None
 
 
-def _run_whole(model, tokens_BT, lengths_B, plan, cache) -> tuple[jax.Array, tuple[LayerCache | OwnCache, ...]]:
+def _run_whole(
+    model, tokens_BT, lengths_B, plan, cache
+) -> tuple[jax.Array, tuple[LayerCache | OwnCache, ...], Dropped | None]:
     """Run prompts at once, on fewer of their tokens from stage to stage where the sparsity policy drops some."""
     x_BTD, caches = model.embed(tokens_BT), cache.layers
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     top = max(plan.depth.prefill_layers(len(model.layers))) + 1
     stages = [(layer, budget) for layer, budget in plan.sparsity.stages if layer < top and budget < tokens_BT.shape[1]]
-    start, dropped = 0, False
+    start, dropped, whole_B, states = 0, False, lengths_B, []
     for stop, budget in [*stages, (top, None)]:
         attend = attend_prompt(lengths_B, plan.evict, plan.select, plan.sparsity, positions_BT if dropped else None)
         if budget is not None:
@@ -114,13 +118,19 @@ def _run_whole(model, tokens_BT, lengths_B, plan, cache) -> tuple[jax.Array, tup
         out = _run(model, x_BTD, positions_BT, live_BT, plan, caches, attend, (start, stop))
         x_BTD, caches = out.x_BTD, out.caches
         if budget is not None:
+            if plan.sparsity.revive:
+                none_BTD = jnp.zeros((*tokens_BT.shape, x_BTD.shape[-1]), x_BTD.dtype)
+                states.append(put_states(none_BTD, x_BTD, positions_BT, live_BT))
             judged, worth_BT = caches[stop - 1]
             caches = (*caches[: stop - 1], judged, *caches[stop:])
             at_BM = _most_worth(worth_BT, lengths_B, budget)
             x_BTD = jnp.take_along_axis(x_BTD, at_BM[:, :, None], axis=1)
             positions_BT = jnp.take_along_axis(positions_BT, at_BM, axis=1)
             lengths_B, start, dropped = jnp.minimum(lengths_B, budget), stop, True
-    return jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1), caches
+    last_BTD, revive = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1), plan.sparsity.revive
+    if not revive:
+        return last_BTD, caches, None
+    return last_BTD, caches, Dropped(states=tuple(states), lengths=whole_B, stages=tuple(stages), revive=revive)
 
 
 def _judging(attend: LayerAttend, sparsity: SparsityPolicy, lengths_B: jax.Array, judging: int) -> LayerAttend:

@@ -44,7 +44,7 @@ STATIC = {name for name in NAMES if PLANS[name].depth.static_layers(L) is not No
 ALIKE = {"evict_pyramid_kv", "exit_capped", "exit_patience", "select_shared", "skip_middle", "sparse_pooled_blocks"}
 ALIKE |= {"decay_linear", "exit_budget", "exit_calm", "exit_entropy", "exit_margin", "exit_mue", "evict_hash"}
 ALIKE |= {"evict_recent", "select_reused", "sparse_lazy", "sparse_power", "sparse_tri_shape", "sparse_zip_vl"}
-ALIKE |= {f"sparse_{policy}" for policy in ("flex_prefill", "vertical_slash", "x_attention")}
+ALIKE |= {f"sparse_{policy}" for policy in ("flex_prefill", "lazy_revive", "vertical_slash", "x_attention")}
 ALIKE |= {f"select_{scorer}" for scorer in ("act_qkv", "long", "mp_cache", "page_mean", "retrieval", "votes")}
 ALIKE |= {f"evict_{scorer}" for scorer in ("critic", "expected", "key_norm", "look_once", "snap_kv", "tova")}
 ALONE = ("decay_power", "dense", "exit_catch_up", "exit_confidence_masked", "exit_first_of")  # one of each kind
@@ -115,8 +115,8 @@ def ample(policy):
 
 def drivers(name):
     """The drivers that can run a plan; the one that compiles longest for some plans only."""
-    if PLANS[name].fill == "catch_up":
-        return ("segments",)
+    if PLANS[name].fill == "catch_up" or PLANS[name].sparsity.revive:
+        return ("unrolled",) if PLANS[name].sparsity.revive else ("segments",)
     selected, kept = getattr(PLANS[name].select, "dense_layers", 0), getattr(PLANS[name].evict, "budget", 0)
     ran = DRIVERS[:2] if selected or isinstance(kept, tuple) else DRIVERS  # scan needs one kind of cache
     return (*ran, *(["unrolled"] if name in STATIC else []), *([Compact(capacity=2)] if name in COMPACT else []))

@@ -13,12 +13,13 @@ import numpy as np
 
 import dyninf
 from dyninf.cache import LayerCache
-from dyninf.catch_up import no_pending
+from dyninf.catch_up import Pending, no_pending
 from dyninf.depth_loop import Driver
 from dyninf.kv import ReadAll, TopK
 from dyninf.model import CausalLM, kv_shape, vocab_size
 from dyninf.own_cache import OwnCache, tree_bytes
 from dyninf.prompt_run import padded_length
+from dyninf.revival import Dropped
 from dyninf.timing import Timing, measure
 
 
@@ -119,8 +120,15 @@ def random_state(
         step=jnp.int32(1),
         stop=jnp.zeros(like.stop.shape, jnp.int32),
         recent=jnp.zeros(like.recent.shape, jnp.int32),
-        pending=None if like.pending is None else no_pending(like.pending.x_BWD, plan.window, len(model.layers)),
+        pending=_pending(like.pending, plan, len(model.layers)),
     )
+
+
+def _pending(like: Pending | Dropped | None, plan: dyninf.Plan, num_layers: int) -> Pending | Dropped | None:
+    """Return an empty window, or states of zeros of prompts without a token."""
+    if isinstance(like, Pending):
+        return no_pending(like.x_BWD, plan.window, num_layers)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
 
 
 def _random_cache(like: LayerCache, length: int, key: jax.Array) -> LayerCache:

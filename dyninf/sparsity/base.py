@@ -60,9 +60,11 @@ class SparsityPolicy:
 
     Attributes:
         stages: layers before which tokens of a prompt are dropped, ascending, and how many stay ``(layer, tokens)``.
+        revive: tokens that a decode step brings back at each of them, at most; see :mod:`dyninf.revival`.
     """
 
     stages: ClassVar[tuple[tuple[int, int], ...]] = ()
+    revive: ClassVar[int] = 0
 
     def select(self, obs: PromptObs) -> Selected | None:
         """Return the blocks of each row, ``None`` to attend to all of them in this layer."""

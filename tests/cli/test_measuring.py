@@ -15,6 +15,7 @@ from dyninf.cli.decoding import Excerpt, bytes_per_step, random_state, summary_b
 from dyninf.cli.heldout import Windows, cut_windows
 from dyninf.configs.plans import plans
 from dyninf.kv import Quest, ShadowKV, TopK
+from dyninf.sparsity import LazyLLM
 from dyninf.training.corpus import Document
 
 TEXT = "def name(self):\n    return self.größe\n" * 6
@@ -130,13 +131,14 @@ def test_excerpts_have_one_size_and_come_from_the_text():
 
 
 @pytest.mark.parametrize(
-    "name", ["exit_half", "exit_confidence_masked", "exit_patience", "evict_d2o", "selects", "factors"]
+    "name", ["exit_half", "exit_confidence_masked", "exit_patience", "evict_d2o", "selects", "factors", "revives"]
 )
 def test_a_random_state_is_one_that_a_prefill_could_leave(name, loaded):
     selects = dyninf.Plan(select=TopK(scorer=Quest(page_size=4), budget=8, dense_layers=1))
     factors = dyninf.Plan(select=TopK(scorer=ShadowKV(page_size=2, outliers=1), budget=2, sinks=0, dense_layers=1))
-    named, spec = {**plans(4), "selects": selects, "factors": factors}, dyninf.CacheSpec(capacity=11)
-    model, plan = loaded[0], named[name]
+    revives = dyninf.Plan(sparsity=LazyLLM(layers=(1, 3), budgets=(4, 2), revive=2))
+    named = {**plans(4), "selects": selects, "factors": factors, "revives": revives}
+    model, plan, spec = loaded[0], named[name], dyninf.CacheSpec(capacity=11)
     made = random_state(model, plan, batch=3, length=5, capacity=11, key=jax.random.key(0))
     tokens = jnp.ones((3, 5), jnp.int32)
     _, real = jax.eval_shape(
