@@ -1,5 +1,6 @@
 """``dyninf batch`` and ``generate`` on a mesh, in one process and in two that ``jax.distributed`` joins."""
 
+import argparse
 import json
 import os
 import socket
@@ -7,9 +8,11 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from dyninf.cli import main
+from dyninf.cli.processes import ENVIRONMENT, join
 from dyninf.models import processes
 
 LINES = [
@@ -78,7 +81,6 @@ def test_a_job_goes_on_with_another_mesh(finished, folder, tmp_path):
             ("--num-processes", "2", "--process-id", "2"),
             "expected --process-id from 0 to --num-processes - 1, got 2 of 2",
         ),
-        (("--distributed",), "expected to join the processes of this job, got: "),
     ],
 )
 def test_what_does_not_fit_is_refused_before_work(arguments, message, finished, folder, tmp_path, capsys):
@@ -86,6 +88,37 @@ def test_what_does_not_fit_is_refused_before_work(arguments, message, finished, 
     assert main(command(folder, finished[0], target, *arguments)) == 2
     assert message in capsys.readouterr().err
     assert not target.exists()
+
+
+def test_options_come_before_the_environment_and_that_before_what_jax_finds(monkeypatch):
+    for variable in ENVIRONMENT.values():
+        monkeypatch.delenv(variable, raising=False)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: calls.append(given))
+
+    def asked(**options):
+        join(argparse.Namespace(**{"distributed": False} | dict.fromkeys(ENVIRONMENT) | options))
+
+    asked(distributed=True)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host0:8476")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    asked()  # one process, whatever the environment says
+    asked(distributed=True)
+    asked(process_id=2)
+    assert calls == [(None, None, None), ("host0:8476", 4, 1), ("host0:8476", 4, 2)]
+    monkeypatch.setenv("JAX_PROCESS_ID", "first")
+    with pytest.raises(ValueError, match="a whole number in JAX_PROCESS_ID, got 'first'"):
+        asked(distributed=True)
+
+    def refuse(*_, **__):
+        raise RuntimeError("nobody\nthere")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    with pytest.raises(
+        ValueError, match="join the processes of this job, got: nobody there; give each of them --coord"
+    ):
+        asked(process_id=2)
 
 
 def start_two(commands):
@@ -124,6 +157,7 @@ def test_two_processes_give_the_lines_of_one(finished, folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_job_that_was_killed_goes_on_in_two_processes(place, finished, folder, tmp_path):
     lines = [{"tokens": [5 + i] * (1 + i % 16), "max_new_tokens": 1 + 7 * i % 16} for i in range(60)]
