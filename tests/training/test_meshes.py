@@ -24,9 +24,10 @@ def split(recipe):
     return dataclasses.replace(recipe, batch_size=4, chunk=24)
 
 
-def steps(where, config, recipe, model=None, count=2):
+def steps(where, config, recipe, make, count=2):
     """States and metrics of some steps on random tokens, and the held-out losses after them."""
-    state, rng, found = init_state_on(where, config, recipe, model), np.random.default_rng(0), []
+    # A model of its own: a step donates the arrays that the state shares with it.
+    state, rng, found = init_state_on(where, config, recipe, make()), np.random.default_rng(0), []
     step, evaluate = steps_on(where, state)
     for _ in range(count):
         tokens = rng.integers(0, config.vocab_size, (recipe.batch_size, recipe.length + 1), np.int32)
@@ -36,10 +37,10 @@ def steps(where, config, recipe, model=None, count=2):
     return state, found, np.asarray(evaluate(state.model, tokens, recipe, mask, state.exits))
 
 
-def assert_same_training(axes, config, recipe, model=None):
+def assert_same_training(axes, config, recipe, make=lambda: None):
     where = training_placement(make_mesh(axes), config, recipe)
-    state, losses, held_out = steps(where, config, recipe, model)
-    alone, losses_alone, held_out_alone = steps(None, config, recipe, model)
+    state, losses, held_out = steps(where, config, recipe, make)
+    alone, losses_alone, held_out_alone = steps(None, config, recipe, make)
     # Sums in another order, and Adam's quotient of them.
     for got, want in zip(losses, losses_alone, strict=True):
         assert got == pytest.approx(want, rel=1e-5)
@@ -93,8 +94,8 @@ def test_other_meshes_change_no_loss(axes, config, split):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["soft", "plain", "frozen", "jei", "stop"])
 def test_every_recipe_trains_on_a_mesh(kind, config, split, lively):
-    model = None if kind in ("soft", "plain") else lively(config)
-    assert_same_training(DATA_FSDP, config, dataclasses.replace(split, kind=kind), model)
+    make = (lambda: None) if kind in ("soft", "plain") else (lambda: lively(config))
+    assert_same_training(DATA_FSDP, config, dataclasses.replace(split, kind=kind), make)
 
 
 @pytest.mark.slow
