@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dyninf.attention import attend_cached
 from dyninf.cache import CacheSpec, advance, init_cache, list_caches, stack_caches
@@ -283,10 +284,15 @@ def _decode_loop(model, state, plan, *, max_new_tokens, driver):
 
 
 def _stream(model, state, plan, max_new_tokens, driver):
-    yield np.asarray(state.token), None
+    yield _whole(state.token), None
     for _ in range(max_new_tokens - 1):
-        before = np.asarray(state.done)
+        before = _whole(state.done)
         if before.all():
             return
         state, stats = _decode_step(model, state, plan, driver)
-        yield np.where(before, PAD, np.asarray(state.token)), stats
+        yield np.where(before, PAD, _whole(state.token)), stats
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+    """Return an array, which may lie on devices of several processes, to each of them."""
+    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)

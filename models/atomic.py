@@ -12,10 +12,15 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from dyninf.models.processes import is_first, together
+
 
 @contextlib.contextmanager
 def replace_folder(path: str | os.PathLike, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder that becomes ``path`` when the block ends without an exception.
+
+    The processes of one job call this together, for a path that all of them see; process 0 makes and renames. What
+    fails in one of them only, inside of the block, belongs into :func:`dyninf.models.processes.together`.
 
     Args:
         marker: file that tells a folder of this kind; only a folder that holds it (or an empty one) is replaced.
@@ -28,23 +33,28 @@ def replace_folder(path: str | os.PathLike, *, marker: str, overwrite: bool = Fa
     """
     path = Path(path).resolve()
     old, new = _replaced(path), path.with_name(f".{path.name}.incomplete")
-    if old.exists() and not path.exists():
-        old.rename(path)
-    _check(path, marker, overwrite)
+    with together():
+        if is_first():
+            _put_back(old, path)
+            _check(path, marker, overwrite)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
+        with together():
+            if is_first():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(new, ignore_errors=True)
+                new.mkdir()
         yield new
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        with together():
+            if is_first():
+                if path.exists():
+                    path.rename(old)
+                new.rename(path)
+                shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
-        shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not path.exists():
-            old.rename(path)
+        if is_first():
+            shutil.rmtree(new, ignore_errors=True)
+            _put_back(old, path)
         if not isinstance(error, OSError):
             raise
         reason = (str(error).splitlines() or [""])[0]
@@ -76,6 +86,11 @@ def current(path: str | os.PathLike) -> Path:
     """Return ``path``, or the folder that stepped aside for a replacement that never came."""
     path = Path(path).resolve()
     return _replaced(path) if not path.exists() and _replaced(path).exists() else path
+
+
+def _put_back(old: Path, path: Path) -> None:
+    if old.exists() and not path.exists():
+        old.rename(path)
 
 
 def _check(path: Path, marker: str, overwrite: bool) -> None:

@@ -26,6 +26,7 @@ from dyninf.models.atomic import current, replace_folder, reserve
 from dyninf.models.config import ModelConfig, RopeScaling
 from dyninf.models.hf_files import read_json
 from dyninf.models.parameters import abstract_model, named_parameters, with_parameters
+from dyninf.models.processes import is_first, together
 from dyninf.models.sharding import Placement, parameter_shardings
 from dyninf.models.transformer import Transformer, unstack_layers
 
@@ -42,32 +43,38 @@ def save(
 ) -> None:
     """Write the model as an orbax checkpoint; it appears at ``path`` whole or not at all.
 
-    A model with stacked layers is saved layer by layer, so that every checkpoint has the same names.
+    A model with stacked layers is saved layer by layer, so that every checkpoint has the same names. The processes of
+    one job call this together; each writes what its devices hold, to a folder that all of them see.
 
     Args:
         overwrite: replace the checkpoint that is there.
         tokenizer_file: a ``tokenizer.json`` to copy beside the arrays.
 
     Raises:
-        ValueError: if ``path`` exists and may not be replaced, or the tokenizer file does not exist.
+        ValueError: if ``path`` exists and may not be replaced, the tokenizer file does not exist, or the model of
+            several processes does not lie on the devices of all.
         OSError: if writing fails (a full disk); what was at ``path`` is unchanged.
     """
     model = model if isinstance(model.layers, nnx.List) else unstack_layers(model)
-    if tokenizer_file is not None and not Path(tokenizer_file).is_file():
-        raise ValueError(f"expected a tokenizer file, got {tokenizer_file}, which does not exist")
     arrays = named_parameters(model)
+    with together():
+        if is_first() and tokenizer_file is not None and not Path(tokenizer_file).is_file():
+            raise ValueError(f"expected a tokenizer file, got {tokenizer_file}, which does not exist")
+        if jax.process_count() > 1 and any(array.is_fully_addressable for array in arrays.values()):
+            raise ValueError("expected a model on devices of all processes, got one of this process; load(..., mesh=)")
     with replace_folder(path, marker=MARKER, overwrite=overwrite) as folder:
-        # Orbax writes from many threads; when the disk fills up under them, each complains for itself. Ask before.
-        reserve(folder, (array.nbytes for array in arrays.values()))
+        with together():
+            # Orbax writes from many threads; when the disk fills up under them, each complains for itself. Ask before.
+            if is_first():
+                reserve(folder, (array.nbytes for array in arrays.values()))
         try:
             with quiet_orbax(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 checkpointer.save(folder / "arrays", args=ocp.args.StandardSave(arrays))
         except Exception as error:  # orbax raises ValueError and others for what the operating system refused
             raise OSError(str(error)) from error
-        if tokenizer_file is not None:
-            shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
-        values = {"format": FORMAT, "config": dataclasses.asdict(model.config), "files": _files(folder / "arrays")}
-        (folder / MARKER).write_text(json.dumps(values, indent=2) + "\n")
+        with together():
+            if is_first():
+                _describe(folder, model.config, tokenizer_file)
 
 
 def restore(path: str | os.PathLike, dtype: Any = None, where: Placement | None = None) -> Transformer:
@@ -82,6 +89,18 @@ def restore(path: str | os.PathLike, dtype: Any = None, where: Placement | None 
         NotImplementedError: if another version of the format is stored.
     """
     path = current(path)
+    with quiet_orbax(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        with together():
+            config, wanted = _wanted(checkpointer, path, dtype, where)
+        try:
+            arrays = checkpointer.restore(path / "arrays", args=ocp.args.StandardRestore(wanted))
+        except Exception as error:
+            raise _damaged(path / "arrays", error) from error
+    return with_parameters(abstract_model(config), arrays)
+
+
+def _wanted(checkpointer, path: Path, dtype: Any, where: Placement | None) -> tuple[ModelConfig, dict[str, Any]]:
+    """Check a checkpoint as far as that goes without reading arrays, and return what to read and where to."""
     values = read_json(path / MARKER)
     if values.get("format") != FORMAT:
         raise NotImplementedError(
@@ -90,23 +109,25 @@ def restore(path: str | os.PathLike, dtype: Any = None, where: Placement | None 
     config = _config(values.get("config"), path / MARKER)
     expected = named_parameters(abstract_model(config, jnp.float32 if dtype is None else dtype))
     _check_files(path / "arrays", values.get("files"))
-    with quiet_orbax(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        stored = _stored(checkpointer, path / "arrays")
-        shapes = {name: array.shape for name, array in expected.items()}
-        _check(path, shapes, stored)
-        default = dict.fromkeys(shapes, jnp.zeros(()).sharding)
-        places = default if where is None else parameter_shardings(shapes, config, where)
-        wanted = {
-            name: jax.ShapeDtypeStruct(
-                array.shape, np.dtype(array.dtype if dtype is None else dtype), sharding=places[name]
-            )
-            for name, array in stored.items()
-        }
-        try:
-            arrays = checkpointer.restore(path / "arrays", args=ocp.args.StandardRestore(wanted))
-        except Exception as error:
-            raise _damaged(path / "arrays", error) from error
-    return with_parameters(abstract_model(config), arrays)
+    stored = _stored(checkpointer, path / "arrays")
+    shapes = {name: array.shape for name, array in expected.items()}
+    _check(path, shapes, stored)
+    default = dict.fromkeys(shapes, jnp.zeros(()).sharding)
+    places = default if where is None else parameter_shardings(shapes, config, where)
+    return config, {
+        name: jax.ShapeDtypeStruct(
+            array.shape, np.dtype(array.dtype if dtype is None else dtype), sharding=places[name]
+        )
+        for name, array in stored.items()
+    }
+
+
+def _describe(folder: Path, config: ModelConfig, tokenizer_file: str | os.PathLike | None) -> None:
+    """Write what stands beside the arrays."""
+    if tokenizer_file is not None:
+        shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
+    values = {"format": FORMAT, "config": dataclasses.asdict(config), "files": _files(folder / "arrays")}
+    (folder / MARKER).write_text(json.dumps(values, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -101,9 +101,12 @@ def save_hf(
 
     Raises:
         ValueError: if ``path`` exists and may not be replaced, or the tokenizer file does not exist.
-        NotImplementedError: if no Hugging Face architecture has this combination of switches, or for the dtype.
+        NotImplementedError: if no Hugging Face architecture has this combination of switches, for the dtype, or in one
+            of several processes, which :func:`dyninf.models.save` serves.
         OSError: if writing fails; what was at ``path`` is unchanged.
     """
+    if jax.process_count() > 1:
+        raise NotImplementedError(f"expected one process, got one of {jax.process_count()}; use dyninf.models.save")
     model = model if isinstance(model.layers, nnx.List) else unstack_layers(model)
     if tokenizer_file is not None and not Path(tokenizer_file).is_file():
         raise ValueError(f"expected a tokenizer file, got {tokenizer_file}, which does not exist")

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from dyninf.models.atomic import current
 from dyninf.models.checkpoint import MARKER, restore
 from dyninf.models.convert import load_hf
+from dyninf.models.processes import together
 from dyninf.models.sharding import Rules, placement
 from dyninf.models.transformer import Transformer
 
@@ -27,7 +28,8 @@ def load(
     """Return the model of a Hugging Face folder, of one of our checkpoints, or one that dyninf ships.
 
     Nothing is downloaded and nothing is unpickled. A path that exists wins over a shipped name. On a mesh every process
-    reads what its own devices hold, and has about one parameter in host memory at a time.
+    reads what its own devices hold, and has about one parameter in host memory at a time; all must call this together,
+    and what one cannot read all raise.
 
     Args:
         dtype: dtype of the weights; ``None`` for the dtype they are stored in.
@@ -39,14 +41,18 @@ def load(
             over the mesh as the rules say.
         NotImplementedError: if the model cannot be represented; names what stands in the way.
     """
-    if rules is not None and mesh is None:
-        raise ValueError("expected a mesh for the rules, got none; pass mesh=make_mesh({'tensor': 2})")
-    where = None if mesh is None else placement(mesh, rules)
-    path = _find(path_or_name)
-    inner = path / "model"  # of a training run
-    if (inner / "config.json").is_file() and not (path / MARKER).is_file() and not (path / "config.json").is_file():
-        raise ValueError(f"expected the folder of a model, got the run directory {path}; its model is {inner}")
-    return restore(path, dtype, where) if (path / MARKER).is_file() else load_hf(path, dtype, where)
+    with together():
+        if rules is not None and mesh is None:
+            raise ValueError("expected a mesh for the rules, got none; pass mesh=make_mesh({'tensor': 2})")
+        where = None if mesh is None else placement(mesh, rules)
+        path = _find(path_or_name)
+        inner = path / "model"  # of a training run
+        if (inner / "config.json").is_file() and not (path / MARKER).is_file() and not (path / "config.json").is_file():
+            raise ValueError(f"expected the folder of a model, got the run directory {path}; its model is {inner}")
+    if (path / MARKER).is_file():
+        return restore(path, dtype, where)
+    with together():
+        return load_hf(path, dtype, where)
 
 
 def load_tokenizer(path_or_name: str | os.PathLike) -> Tokenizer:

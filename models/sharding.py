@@ -118,9 +118,13 @@ class Placement:
             entries.append(self._entry(name, axis, size, (whole or {}).get(axis, size), names))
         return NamedSharding(self.mesh, PartitionSpec(*entries))
 
+    def parts(self, axis: str) -> int:
+        """Return in how many parts the rules split a logical axis."""
+        return self._count(self.mesh_axes(axis))
+
     def splits(self, axis: str, size: int) -> bool:
         """Return whether an axis of this size is, or may be, split evenly as the rules say."""
-        return size % self._count(self.mesh_axes(axis)) == 0
+        return size % self.parts(axis) == 0
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Ask for the sharding of an intermediate array; axes that do not divide are left to the compiler."""

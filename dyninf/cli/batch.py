@@ -1,27 +1,30 @@
 """``dyninf batch``: continue every prompt of a file under a plan, write each result once, go on after a kill."""
 
 import argparse
-import hashlib
+import contextlib
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-import dyninf
-from dyninf.cli.batch_decode import Settings, answer, check_settings
+from dyninf.cli.batch_decode import Settings, answer, check_settings, parts_of
 from dyninf.cli.batch_input import MAX_SEED, Prompts, is_whole
-from dyninf.cli.batch_output import Results, header_of
-from dyninf.cli.common import Loaded, add_model_options, check_output, check_positive, load, progress
+from dyninf.cli.batch_output import Ledger, Results, header_of
+from dyninf.cli.common import (
+    Loaded,
+    add_mesh_option,
+    add_model_options,
+    check_output,
+    check_positive,
+    load,
+    progress,
+)
 from dyninf.cli.generate import DEFAULT_NEW_TOKENS, INTERRUPTED
 from dyninf.cli.plan_options import add_plan_options, check_plan, read_plan
+from dyninf.cli.processes import add_process_options, agree_on_options, identity, join, one_voice
 from dyninf.cli.sampler_options import add_sampler_options, with_sampler
-from dyninf.cli.task_eval import fingerprint
-from dyninf.plan import describe
+from dyninf.models.processes import agree, is_first, together
 from dyninf.timing import device_name
-from dyninf.training import data
 
 SOME_FAILED = 1
 
@@ -48,6 +51,7 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--input", metavar="FILE", required=True, help="prompts, one JSON object a line")
     parser.add_argument("--output", metavar="FILE", required=True, help="results, one JSON object a line")
     add_model_options(parser)
+    add_mesh_option(parser, "model and batch, as in tensor=4,data=2,")
     add_plan_options(parser, default="exit_confidence")
     parser.add_argument(
         "--max-new-tokens",
@@ -63,43 +67,63 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard", metavar="I/N", default="0/1", help="only lines I + 1, I + 1 + N, ..., for N processes (default: 0/1)"
     )
+    add_process_options(parser)
     parser.set_defaults(run=run)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the results to the output and one line of statistics on stderr."""
+    join(arguments)
+    with contextlib.ExitStack() as files:
+        with together():
+            shard, prompts, results = _open(arguments, files)
+        agree_on_options(arguments, input=prompts.sha256)
+        with one_voice():
+            return _run(arguments, prompts, results, shard)
+
+
+def _open(arguments: argparse.Namespace, files: contextlib.ExitStack) -> tuple[tuple[int, int], Prompts, Ledger]:
+    """Check the options and open what they name, the output in process 0 alone."""
     counts = {name: getattr(arguments, name) for name in ("max_new_tokens", "batch", "prefill_chunk", "top_k")}
     check_positive(**counts)
     shard = _read_shard(arguments.shard)
     if not is_whole(arguments.seed, 0, MAX_SEED):
         raise ValueError(f"expected --seed between 0 and {MAX_SEED}, got {arguments.seed}")
     source, target = Path(arguments.input), Path(arguments.output)
+    if not is_first():
+        return shard, files.enter_context(Prompts(source)), Ledger()
     check_output(arguments.output)
-    with Prompts(source) as prompts:
-        for written in (target, header_of(target)):
-            if written.exists() and written.samefile(source):
-                raise ValueError(f"expected an output that is not the input, got {str(target)!r}; name another file")
-        with Results(target) as results:
-            return _run(arguments, prompts, results, shard)
+    prompts = files.enter_context(Prompts(source))
+    for written in (target, header_of(target)):
+        if written.exists() and written.samefile(source):
+            raise ValueError(f"expected an output that is not the input, got {str(target)!r}; name another file")
+    return shard, prompts, files.enter_context(Results(target))
 
 
-def _run(arguments: argparse.Namespace, prompts: Prompts, results: Results, shard: tuple[int, int]) -> int:
+def _run(arguments: argparse.Namespace, prompts: Prompts, results: Ledger, shard: tuple[int, int]) -> int:
     loaded = load(arguments)
-    plan = with_sampler(read_plan(arguments.plan, arguments.changes, len(loaded.model.layers)), arguments)
-    check_plan(plan, loaded.model)
-    lines = range(shard[0] + 1, prompts.num_lines + 1, shard[1])
-    batch = max(1, min(arguments.batch, len(lines)))
-    settings = Settings(plan=plan, batch=batch, chunk=arguments.prefill_chunk, seed=arguments.seed)
-    check_settings(loaded, settings)
-    results.begin(_asked(arguments, loaded, plan, prompts, shard), lines)
+    with together():
+        plan = with_sampler(read_plan(arguments.plan, arguments.changes, len(loaded.model.layers)), arguments)
+        check_plan(plan, loaded.model)
+        lines = range(shard[0] + 1, prompts.num_lines + 1, shard[1])
+        parts = parts_of(loaded)
+        batch = min(arguments.batch, -(-max(1, len(lines)) // parts) * parts)
+        settings = Settings(plan=plan, batch=batch, chunk=arguments.prefill_chunk, seed=arguments.seed)
+        check_settings(loaded, settings)
+    asked = _asked(arguments, identity(loaded, plan), prompts, shard)
+    agree(asked)
+    with together():
+        results.begin(asked, lines)
+    results.share()
     before, made, start = len(results.done), [], time.perf_counter()
     entries = prompts.read(loaded, arguments.max_new_tokens, shard)
     try:
         with progress() as bar:
             task = bar.add_task("answering", total=len(lines), completed=before)
             for rows in answer(loaded, entries, settings, results.done):
-                results.add(rows)
+                with together():
+                    results.add(rows)
                 made += [(row["num_tokens"], row["stats"]["layers_needed"]) for row in rows if "error" not in row]
                 bar.advance(task, len(rows))
     except KeyboardInterrupt:
@@ -118,39 +142,23 @@ def _run(arguments: argparse.Namespace, prompts: Prompts, results: Results, shar
 
 
 def _asked(
-    arguments: argparse.Namespace, loaded: Loaded, plan: dyninf.Plan, prompts: Prompts, shard: tuple[int, int]
+    arguments: argparse.Namespace, runs: dict[str, Any], prompts: Prompts, shard: tuple[int, int]
 ) -> dict[str, Any]:
-    """Return all that decides what the lines say; the batch does so by rounding only and may be another one."""
+    """Return all that decides what the lines say; batch and mesh do so by rounding only and may be others."""
     return {
         "input": prompts.sha256,
         "shard": f"{shard[0]}/{shard[1]}",
-        "model": fingerprint(loaded.model),
-        "tokenizer": data.fingerprint(loaded.tokenizer),
-        "dtype": loaded.dtype,
-        "plan": describe(plan),
-        "plan_values": _digest(plan),
+        **runs,
         "max_new_tokens": arguments.max_new_tokens,
         "prefill_chunk": arguments.prefill_chunk,
         "seed": arguments.seed,
-        "device": jax.local_devices()[0].device_kind,
-        "jax": jax.__version__,
-        "dyninf": dyninf.__version__,
     }
-
-
-def _digest(plan: dyninf.Plan) -> str:
-    """Return a checksum of the numbers of a plan, which its description may shorten."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(plan):
-        array = np.asarray(leaf)
-        digest.update(f"{array.dtype} {array.shape} ".encode() + array.tobytes())
-    return digest.hexdigest()
 
 
 def _summary(
     plan: str,
     loaded: Loaded,
-    results: Results,
+    results: Ledger,
     before: int,
     made: list[tuple[int, float | None]],
     seconds: float,

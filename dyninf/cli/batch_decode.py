@@ -23,6 +23,8 @@ from dyninf.cli.batch_input import Entry, Fault, Request
 from dyninf.cli.common import Loaded, bucket
 from dyninf.cli.text import TextStream
 from dyninf.model import CausalLM
+from dyninf.models import MeshModel
+from dyninf.models.processes import replicate
 from dyninf.prompt_run import check_chunk, padded_length
 from dyninf.prompts import PAD, stop_matrix
 
@@ -53,13 +55,25 @@ def check_settings(loaded: Loaded, settings: Settings) -> None:
     """Raise before any work if prompts cannot be read in chunks of so many tokens, or decoded, under the plan.
 
     Raises:
-        ValueError: if the chunk is no multiple of the blocks of a sparsity policy.
+        ValueError: if the chunk is no multiple of the blocks of a sparsity policy, or the batch does not divide by the
+            axes of the mesh that split it.
         NotImplementedError: if what the cache holds depends on the whole prompt.
     """
     check_chunk(settings.plan, settings.chunk)
+    parts = parts_of(loaded)
+    if settings.batch % parts:
+        raise ValueError(
+            f"expected --batch to divide by the {parts} parts in which the mesh splits it (data x fsdp), got "
+            f"{settings.batch}; use {-(-settings.batch // parts) * parts}"
+        )
     if settings.chunk is not None:
         shape = loaded.model.config.max_length, 2
         jax.eval_shape(lambda: _start(loaded, [], shape, settings).tokens)
+
+
+def parts_of(loaded: Loaded) -> int:
+    """Return in how many parts the mesh splits a batch."""
+    return loaded.model.where.parts("batch") if isinstance(loaded.model, MeshModel) else 1
 
 
 def answer(
@@ -85,7 +99,9 @@ def answer(
         ended = running
         if ended is not None:  # together the caches of two batches could be more than the memory holds
             jax.block_until_ready(ended.tokens)
-        running = _start(loaded, requests, shape, settings)
+        started = _start(loaded, requests, shape, settings)
+        tokens, stats = replicate((started.tokens, started.stats))
+        running = dataclasses.replace(started, tokens=tokens, stats=stats)
         yield faults + ([] if ended is None else _rows(loaded, ended, done))
         faults = []
     yield faults + ([] if running is None else _rows(loaded, running, done))

@@ -13,18 +13,47 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dyninf.models.processes import broadcast
+
 FORMAT = "dyninf batch, version 1"  # raise it when what the lines mean changes
 HEADER = ".job.json"
 SHOWN = 80  # characters of a value in an error
 
 
-class Results:
-    """An output file, held by this process alone.
+class Ledger:
+    """What is done of a job; alone it writes nothing, which is what all processes but the first do.
 
     Attributes:
         done: lines of the input that have their result.
         num_errors: how many of them failed.
         first_error: the number of the first one that did, and why.
+    """
+
+    def __init__(self):
+        self.done: set[int] = set()
+        self.num_errors = 0
+        self.first_error: tuple[int, str] | None = None
+
+    def begin(self, asked: dict[str, Any], lines: range) -> None:
+        """Begin a job, or go on with one; see :meth:`Results.begin`."""
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Note results."""
+        for row in rows:
+            self.done.add(row["line"])
+            if "error" in row:
+                self.num_errors += 1
+                self.first_error = self.first_error or (row["line"], row["error"])
+
+    def share(self) -> None:
+        """Take over what process 0 has found done; all processes must call this."""
+        state = broadcast([sorted(self.done), self.num_errors, self.first_error])
+        self.done, self.num_errors = set(state[0]), state[1]
+        self.first_error = state[2] and tuple(state[2])
+
+
+class Results(Ledger):
+    """An output file, held by this process alone.
 
     Raises:
         OSError: if the file cannot be written.
@@ -34,9 +63,7 @@ class Results:
     def __init__(self, path: Path):
         if path.exists() and not path.is_file():
             raise ValueError(f"expected a file to write results to, got {str(path)!r}, which is none")
-        self.done: set[int] = set()
-        self.num_errors = 0
-        self.first_error: tuple[int, str] | None = None
+        super().__init__()
         self._path, self._header = path, header_of(path)
         self._created = not path.exists()
         self._file = path.open("a+b")
@@ -109,14 +136,7 @@ class Results:
                 f"expected to write to {str(self._path)!r}, got: {error}; finished lines are kept and the same command "
                 "goes on"
             ) from error
-        for row in rows:
-            self._note(row)
-
-    def _note(self, row: dict[str, Any]) -> None:
-        self.done.add(row["line"])
-        if "error" in row:
-            self.num_errors += 1
-            self.first_error = self.first_error or (row["line"], row["error"])
+        super().add(rows)
 
     def _read(self, lines: range) -> None:
         self._file.seek(0)
@@ -128,7 +148,7 @@ class Results:
                 row = json.loads(raw)
                 if row["line"] not in lines or row["line"] in self.done:
                     raise ValueError
-                self._note(row)
+                super().add([row])
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(
                     f"expected results of dyninf batch in {str(self._path)!r}, one for a line, got {raw!r:.60} in line "

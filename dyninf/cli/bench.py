@@ -24,9 +24,9 @@ from dyninf.cli.common import (
     check_output,
     check_positive,
     default_dtype,
-    mesh_of,
     model_name,
     progress,
+    read_mesh,
     table_console,
 )
 from dyninf.cli.decoding import bytes_per_step, decode_steps, random_state, summary_bytes, time_prompt
@@ -55,7 +55,7 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
     )
     add_model_options(parser)
-    add_mesh_option(parser)
+    add_mesh_option(parser, "the model, as in tensor=4,")
     parser.add_argument("--shape", metavar="NAME", help=f"random weights of a known shape: {', '.join(shapes())}")
     parser.add_argument("--plans", default="dense", metavar="A,B", help="named plans, as for compare (default: dense)")
     parser.add_argument("--batch", default="1", metavar="B,B", help="batch sizes (default: 1)")
@@ -135,7 +135,7 @@ def _time(model: models.Transformer, plan: dyninf.Plan, batch: int, arguments: a
         return random_state(model, plan, batch=batch, length=arguments.filled, capacity=context, key=key)
 
     def placed() -> dyninf.DecodeState:
-        state, mesh = begin(), mesh_of(arguments)
+        state, mesh = begin(), read_mesh(arguments.mesh)
         if mesh is None:
             return state
         return dataclasses.replace(state, cache=jax.device_put(state.cache, models.cache_shardings(state.cache, mesh)))
@@ -183,7 +183,7 @@ def _model(arguments: argparse.Namespace, dtype: str) -> tuple[str, models.Trans
         raise ValueError("expected --model or --shape, got both")
     if arguments.shape is not None and arguments.shape not in shapes():
         raise ValueError(f"expected a shape among {', '.join(shapes())}, got {arguments.shape!r}")
-    mesh = mesh_of(arguments)
+    mesh = read_mesh(arguments.mesh)
     if arguments.shape is None:
         name = model_name(arguments.model)
         model = models.load(name, dtype=DTYPES[dtype], mesh=mesh)

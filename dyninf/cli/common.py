@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
 from dyninf import models
+from dyninf.models.processes import together
 
 PLAIN_WIDTH = 160  # columns of a table that does not go to a terminal
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -39,19 +40,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_mesh_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--mesh``."""
-    parser.add_argument(
-        "--mesh",
-        metavar="NAME=SIZE,...",
-        help="split the model over devices: tensor=4 or tensor=4,fsdp=2 (default: one)",
-    )
-
-
-def mesh_of(arguments: argparse.Namespace) -> Mesh | None:
-    """Return the mesh that ``--mesh`` asks for, ``None`` for one device."""
-    asked = getattr(arguments, "mesh", None)
-    return None if asked is None else models.make_mesh(models.parse_mesh(asked))
+def add_mesh_option(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--mesh``, which splits what is named, with an example."""
+    parser.add_argument("--mesh", metavar="NAME=SIZE,...", help=f"split {what} over devices (default: one)")
 
 
 def default_dtype() -> str:
@@ -81,11 +72,27 @@ def load(arguments: argparse.Namespace) -> Loaded:
     """Load the model and tokenizer that the options name, onto the mesh that ``--mesh`` asks for if there is one."""
     name = model_name(arguments.model)
     dtype = arguments.dtype or default_dtype()
-    mesh = mesh_of(arguments)
+    mesh = read_mesh(getattr(arguments, "mesh", None))
     model = models.load(name, dtype=DTYPES[dtype], mesh=mesh)
     model = model if mesh is None else models.on_mesh(model, mesh)
-    tokenizer = models.load_tokenizer(name)
+    with together():
+        tokenizer = models.load_tokenizer(name)
     return Loaded(name=name, folder=model_folder(name), dtype=dtype, model=model, tokenizer=tokenizer)
+
+
+def read_mesh(text: str | None) -> Mesh | None:
+    """Return the mesh that ``--mesh`` asks for, ``None`` if it asks for none.
+
+    Raises:
+        ValueError: if it cannot be read or made, or leaves out devices of a job of several processes.
+    """
+    mesh = None if text is None else models.make_mesh(models.parse_mesh(text))
+    if jax.process_count() > 1 and (mesh is None or mesh.size != jax.device_count()):
+        raise ValueError(
+            f"expected --mesh over all {jax.device_count()} devices of {jax.process_count()} processes, got "
+            f"{text or 'none'}; use data={jax.device_count()}, for one"
+        )
+    return mesh
 
 
 def table_console() -> Console:

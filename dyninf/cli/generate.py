@@ -14,9 +14,11 @@ import numpy as np
 import dyninf
 from dyninf.cli.common import Loaded, add_mesh_option, add_model_options, bucket, check_positive, load
 from dyninf.cli.plan_options import add_plan_options, check_plan, read_plan
+from dyninf.cli.processes import add_process_options, agree_on_options, identity, join, one_voice
 from dyninf.cli.quality import dense_agreement
 from dyninf.cli.sampler_options import add_sampler_options, with_sampler
 from dyninf.cli.text import Painter, StopTexts, TextStream
+from dyninf.models.processes import agree, broadcast, is_first, together
 from dyninf.timing import device_name
 
 DEFAULT_NEW_TOKENS = 128
@@ -49,7 +51,7 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
     source.add_argument("--prompt", metavar="TEXT", help='the text to continue; "-" reads standard input')
     source.add_argument("--file", metavar="FILE", help='a file with the text to continue; "-" reads standard input')
     add_model_options(parser)
-    add_mesh_option(parser)
+    add_mesh_option(parser, "the model, as in tensor=4 or tensor=4,fsdp=2,")
     add_plan_options(parser, default="exit_confidence")
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help=f"stop after N tokens (default: {DEFAULT_NEW_TOKENS})"
@@ -58,6 +60,7 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
         "--prefill-chunk", type=int, metavar="N", help="read the prompt N tokens at a time (default: at once)"
     )
     add_sampler_options(parser)
+    add_process_options(parser)
     parser.add_argument(
         "--stop", metavar="TEXT", action="append", default=[], help="end before TEXT (may be given several times)"
     )
@@ -69,17 +72,29 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate text on stdout and one line of statistics on stderr."""
-    counts = {name: getattr(arguments, name) for name in ("max_new_tokens", "prefill_chunk", "top_k")}
-    check_positive(**counts)
-    stops = StopTexts(arguments.stop)
-    prompt = _read_prompt(arguments)
+    join(arguments)
+    with together():
+        counts = {name: getattr(arguments, name) for name in ("max_new_tokens", "prefill_chunk", "top_k")}
+        check_positive(**counts)
+        stops = StopTexts(arguments.stop)
+        prompt = _read_prompt(arguments) if is_first() else None
+    agree_on_options(arguments)
+    prompt = broadcast(prompt)
+    with one_voice():
+        return _run(arguments, prompt, stops)
+
+
+def _run(arguments: argparse.Namespace, prompt: str, stops: StopTexts) -> int:
     loaded = load(arguments)
-    plan = read_plan(arguments.plan, arguments.changes, len(loaded.model.layers))
-    plan = with_sampler(plan, arguments)
-    check_plan(plan, loaded.model)
-    ids = loaded.tokenizer.encode(prompt).ids
-    if not ids:
-        raise ValueError("expected a text to continue of at least one token, got an empty one; give --prompt TEXT")
+    with together():
+        plan = read_plan(arguments.plan, arguments.changes, len(loaded.model.layers))
+        plan = with_sampler(plan, arguments)
+        check_plan(plan, loaded.model)
+        ids = loaded.tokenizer.encode(prompt).ids
+        if not ids:
+            raise ValueError("expected a text to continue of at least one token, got an empty one; give --prompt TEXT")
+    if jax.process_count() > 1:
+        agree(identity(loaded, plan))
     painter = Painter(len(loaded.model.layers), colours=arguments.show == "depth")
     if painter.legend():
         print(painter.legend(), file=sys.stderr)

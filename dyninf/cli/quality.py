@@ -11,6 +11,7 @@ import dyninf
 from dyninf.cli.common import bucket
 from dyninf.cli.heldout import Windows
 from dyninf.models import Transformer
+from dyninf.models.processes import replicate
 
 CPU_BYTES, DEVICE_BYTES = 1 << 28, 1 << 32  # room for the logits and scores of one batch
 
@@ -82,7 +83,7 @@ def dense_agreement(model: Transformer, prompt: list[int], generated: list[int])
     tokens = np.zeros((1, padded), np.int32)
     tokens[0, : len(text)] = text
     positions = len(prompt) - 1 + np.minimum(np.arange(bucket(len(generated), padded)), len(generated) - 1)
-    choices = jax.device_get(_dense_choices(model, tokens, np.asarray([len(text)], np.int32), positions))
+    choices = np.asarray(replicate(_dense_choices(model, tokens, np.asarray([len(text)], np.int32), positions)))
     return float(np.mean(choices[: len(generated)] == np.asarray(generated)))
 
 

@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dyninf.cli.common import add_mesh_option, read_mesh
 from dyninf.cli.plan_options import read_value
 from dyninf.configs.training import PYCODE_13M, PYCODE_13M_RECIPE, RECALL, RECALL_RECIPE, TINY, TINY_RECIPE
 from dyninf.models import ModelConfig, load
 from dyninf.tasks import TOKEN_TASKS
 from dyninf.training import checkpoints
 from dyninf.training.loop import check_start, prepare, train, train_tasks
+from dyninf.training.meshes import training_placement
 from dyninf.training.recipe import CHOICES, HEADS, Recipe
 from dyninf.training.step import check_exits
 
@@ -40,6 +43,7 @@ examples:
   dyninf train my_project/ --run runs/exits --recipe frozen --from runs/mine/model
   dyninf compare --model runs/exits/model --plans dense,runs/exits/exits.safetensors
   dyninf generate --model runs/mine/model --prompt "import "
+  dyninf train src/ --run runs/large --config pycode-13m --mesh data=4,fsdp=2
   dyninf train --tasks needle,multivalue,tracking=2 --config recall --run runs/recall
 
 what is read: files with the suffix (.py) under the folders, in UTF-8 and up to 1 MB each; not hidden folders, symbolic
@@ -57,7 +61,7 @@ exits.safetensors, which other commands take as a plan.
 the run directory: tokenizer.json, the packed text, recipe.json, checkpoints/ (the last two), log.jsonl (losses) and at
 the end model/. Ctrl-C, a kill or a full disk costs what came after the last checkpoint: the same command goes on from
 there and makes the losses of a run that was never stopped. It needs the same folders and settings, which may change
-only before the first checkpoint; recipe.save_every says how often there is one.
+only before the first checkpoint; recipe.save_every says how often there is one. --mesh may change at any time.
 
 settings for --set, with the values of the config tiny:
 """
@@ -111,6 +115,7 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
         dest="init",
         help="go on from the weights and tokenizer of a model that dyninf trained, instead of random weights",
     )
+    add_mesh_option(parser, "the batch, and weights along fsdp, as in data=4,fsdp=2,")
     parser.set_defaults(run=run)
     return parser
 
@@ -119,7 +124,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Prepare the data, train, and say where the model is."""
     kind = [] if arguments.recipe is None else [f"recipe.kind={arguments.recipe}"]
     config, recipe = configure(arguments.config, [*arguments.changes, *kind])
-    check_fit(config, recipe, arguments.init)
+    mesh = read_mesh(arguments.mesh)
+    check_fit(config, recipe, arguments.init, mesh)
     directory, suffixes, init = Path(arguments.directory), tuple(arguments.suffixes or (".py",)), arguments.init
     reporter = Reporter(recipe)
     if directory.exists() and not directory.is_dir():
@@ -133,7 +139,9 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.tasks is not None:
                 tasks = read_tasks(arguments.tasks)
                 several = {} if arguments.questions is None else {"questions": arguments.questions}
-                folder = train_tasks(config, recipe, directory, tasks=tasks, report=reporter, init=init, **several)
+                folder = train_tasks(
+                    config, recipe, directory, tasks=tasks, report=reporter, init=init, mesh=mesh, **several
+                )
                 print(f"the model is in {folder}; try: dyninf eval --model {folder} --tasks {','.join(tasks)}")
                 return 0
             prepare(
@@ -144,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
                 suffixes=suffixes,
                 init=init,
             )
-            folder = train(config, recipe, directory, report=reporter, init=init)
+            folder = train(config, recipe, directory, report=reporter, init=init, mesh=mesh)
     except KeyboardInterrupt:
         step = checkpoints.latest(directory / "checkpoints")
         place = "the beginning" if step is None else f"the checkpoint of step {step}"
@@ -156,8 +164,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def check_fit(config: ModelConfig, recipe: Recipe, init: str | None) -> None:
-    """Refuse, before text is read, a recipe that does not fit the model that it would train.
+def check_fit(config: ModelConfig, recipe: Recipe, init: str | None, mesh: Mesh | None = None) -> None:
+    """Refuse, before text is read, a recipe that does not fit the model that it would train, or the mesh.
 
     Raises:
         ValueError: if it does not, or the model to go on from cannot be read.
@@ -170,6 +178,8 @@ def check_fit(config: ModelConfig, recipe: Recipe, init: str | None) -> None:
             f"expected recipe.length at most {place}max_length={config.max_length}, got {recipe.length}; {remedy}"
         )
     check_exits(config.num_layers, recipe)
+    if mesh is not None:
+        training_placement(mesh, config, recipe)
 
 
 def read_tasks(text: str) -> dict[str, float]:

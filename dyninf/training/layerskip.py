@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from dyninf.training.batch_axes import in_chunks, split_batch
+
 Readout = Callable[[Array], Array]
 DropoutShape = Literal["exp", "linear", "uniform"]
 DropoutSchedule = Literal["constant", "exp"]
@@ -198,7 +200,7 @@ def exit_loss(
     `sum_k w_k * mean_mask(logsumexp(z_k) - z_k[target])` with `z_k = readout(hidden_k)`. One loop over exits and chunks
     holds the logits of `chunk` tokens of one exit, and its backward pass computes them again: 4 readouts' FLOPs an exit
     instead of 3, a few arrays of `chunk * V` floats instead of `K * B * T * V`. Value and gradient are those of the
-    plain computation up to the order of additions. Tokens are flattened: on several devices call it in `shard_map`.
+    plain computation up to the order of additions. Where a mesh splits the batch, a chunk has its share of every part.
 
     Args:
         readout: norm and head, [1, chunk, D] -> [1, chunk, V], acting on each token alone and finite, with finite
@@ -219,19 +221,16 @@ def exit_loss(
     Source: LayerSkip, section 4.1.2; torchtune's `early_exit_loss` with `mask = targets != ignore_index`, which holds
     all logits at once. Its recipe hands it the *input* of layer l as exit l, so the model's own output never enters.
     """
-    num_exits, num_tokens = _check_loss_arrays(hiddens_KBTD, targets_BT, weights_K, mask_BT)
+    num_exits = _check_loss_arrays(hiddens_KBTD, targets_BT, weights_K, mask_BT)
     _check_positive("chunk", chunk)
-    chunk = min(chunk, num_tokens)
-    num_chunks = -(-num_tokens // chunk)
-    padding = num_chunks * chunk - num_tokens
-    mask_IC = jnp.pad(mask_BT.reshape(-1), (0, padding)).reshape(num_chunks, chunk)
-    targets_N = jnp.where(mask_BT, targets_BT, 0).reshape(-1).astype(jnp.int32)
-    targets_IC = jnp.pad(targets_N, (0, padding)).reshape(num_chunks, chunk)
-    hiddens_KND = jnp.pad(hiddens_KBTD.reshape(num_exits, num_tokens, -1), ((0, 0), (0, padding), (0, 0)))
-    hiddens_MCD = hiddens_KND.reshape(num_exits * num_chunks, chunk, -1)
+    mask_IC = in_chunks(mask_BT, chunk)
+    num_chunks, chunk = mask_IC.shape
+    targets_IC = in_chunks(jnp.where(mask_BT, targets_BT, 0).astype(jnp.int32), chunk)
+    hiddens_KICD = jax.vmap(lambda hidden_BTD: in_chunks(hidden_BTD, chunk))(hiddens_KBTD)
+    hiddens_MCD = hiddens_KICD.reshape(num_exits * num_chunks, chunk, -1)
 
     def summed_loss(hidden_CD: Array, target_C: Array, mask_C: Array) -> Array:
-        logits_1CV = readout(jnp.where(mask_C[:, None], hidden_CD, 0)[None])
+        logits_1CV = readout(split_batch(jnp.where(mask_C[:, None], hidden_CD, 0))[None])
         if logits_1CV.ndim != 3 or logits_1CV.shape[:2] != (1, chunk):
             raise ValueError(f"expected logits of shape [1, {chunk}, V], got {logits_1CV.shape}; keep the leading axes")
         logits_CV = logits_1CV[0].astype(jnp.float32)
@@ -272,7 +271,7 @@ def _scales(scale: str, on_L: Array, e_scale: float | Array) -> Array:
     return jnp.where(is_last_L, 1.0, e_scale) * scales_L
 
 
-def _check_loss_arrays(hiddens_KBTD: Array, targets_BT: Array, weights_K: Array, mask_BT: Array) -> tuple[int, int]:
+def _check_loss_arrays(hiddens_KBTD: Array, targets_BT: Array, weights_K: Array, mask_BT: Array) -> int:
     if hiddens_KBTD.ndim != 4 or 0 in hiddens_KBTD.shape:
         raise ValueError(f"expected hiddens [K, B, T, D], none of them 0, got {hiddens_KBTD.shape}; stack the exits")
     num_exits, *tokens, _ = hiddens_KBTD.shape
@@ -281,7 +280,7 @@ def _check_loss_arrays(hiddens_KBTD: Array, targets_BT: Array, weights_K: Array,
         raise ValueError(f"expected targets, mask, weights of {expected}, got {found}; match them to the hiddens")
     if mask_BT.dtype != jnp.bool_ or not jnp.issubdtype(targets_BT.dtype, jnp.integer):
         raise ValueError(f"expected bool mask, int targets, got {mask_BT.dtype}, {targets_BT.dtype}; convert them")
-    return num_exits, tokens[0] * tokens[1]
+    return num_exits
 
 
 def _check_step(step: int | Array) -> Array:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from dyninf.models import ModelConfig, load, load_tokenizer, save_hf, unstack_layers
@@ -28,9 +29,10 @@ from dyninf.training.corpus import Document, collect, deduplicate, split
 from dyninf.training.data import TokenData, fingerprint, pack, train_tokenizer
 from dyninf.training.exits_file import save_exits
 from dyninf.training.heads import policy_of
+from dyninf.training.meshes import init_state_on, put_batch, steps_on, training_placement
 from dyninf.training.recipe import HEADS, Recipe
 from dyninf.training.run_files import alone, open_log, refuse_changes, refuse_tasks, refuse_text, write
-from dyninf.training.step import TrainState, check_exits, eval_step, init_state, train_step
+from dyninf.training.step import TrainState, check_exits
 from dyninf.training.task_data import TaskData
 
 HELD_OUT = (0.05, 0.1, 0.2, 0.4)  # of the files; the first that leaves some on both sides
@@ -107,7 +109,13 @@ def check_start(recipe: Recipe, init: str | None) -> None:
 
 
 def train(
-    config: ModelConfig, recipe: Recipe, run: str | os.PathLike, *, report: Report, init: str | None = None
+    config: ModelConfig,
+    recipe: Recipe,
+    run: str | os.PathLike,
+    *,
+    report: Report,
+    init: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Path:
     """Train on the data of a run directory and return the model directory.
 
@@ -115,18 +123,20 @@ def train(
         config: its vocabulary is replaced by the tokenizer's.
         init: a model to go on from, by name or folder, as given to :func:`prepare`; its config replaces ``config``.
         report: called with what happens: ``{"event": "step", "step", "loss", ...}``, ``eval``, ``resumed``, ``saved``.
+        mesh: of ``data`` and ``fsdp``, to split batch and weights over (:mod:`dyninf.training.meshes`); ``None`` for
+            one device. A run may go on on another one.
 
     Raises:
         ValueError: if the run directory lacks data or holds too little, was begun with another model, recipe or data,
-            holds a damaged checkpoint, is in use by another process, the recipe needs a model to go on from, or the
-            loss is no longer finite.
+            holds a damaged checkpoint, is in use by another process, the recipe needs a model to go on from, the
+            mesh does not fit, or the loss is no longer finite.
         OSError: if a checkpoint cannot be written; those before it are as they were.
     """
     run = Path(run)
     data, held_out, tokenizer = _open_data(run, recipe)
     about = {"tokens": int(data.tokens.size), "tokenizer": fingerprint(tokenizer)}
     vocabulary = {"vocab_size": tokenizer.get_vocab_size(), "eos_ids": (0,)}
-    return _train(config, vocabulary, recipe, run, data, held_out, about, report=report, init=init)
+    return _train(config, vocabulary, recipe, run, data, held_out, about, report=report, init=init, mesh=mesh)
 
 
 def train_tasks(
@@ -138,6 +148,7 @@ def train_tasks(
     report: Report,
     questions: int = 1,
     init: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Path:
     """Train on token tasks (:data:`dyninf.tasks.TOKEN_TASKS`) in a run directory and return the model directory.
 
@@ -148,7 +159,7 @@ def train_tasks(
         config: its vocabulary is replaced by that of the tasks.
         tasks: weight of each task by name.
         questions: the most that are asked about one context; see :func:`dyninf.tasks.mixture`.
-        init, report: as for :func:`train`.
+        init, report, mesh: as for :func:`train`.
 
     Raises:
         ValueError: as :func:`train`, and if a task is unknown or the length too short for it, or the run directory
@@ -159,12 +170,12 @@ def train_tasks(
     refuse_text(run)
     about = {"tasks": tasks, "questions": questions, "vocabulary": dataclasses.asdict(data.vocabulary)}
     vocabulary = {"vocab_size": data.vocabulary.size, "eos_ids": ()}
-    return _train(config, vocabulary, recipe, run, data, data.held_out(), about, report=report, init=init)
+    return _train(config, vocabulary, recipe, run, data, data.held_out(), about, report=report, init=init, mesh=mesh)
 
 
-def _train(config, vocabulary, recipe, run: Path, data, held_out, about, *, report: Report, init: str | None) -> Path:
+def _train(config, vocabulary, recipe, run: Path, data, held_out, about, *, report: Report, init, mesh) -> Path:
     check_start(recipe, init)
-    start = None if init is None else load(init, dtype=jnp.float32)
+    start = None if init is None else load(init, dtype=jnp.float32, mesh=mesh)
     config = config if start is None else start.config
     if recipe.length > config.max_length:
         raise ValueError(
@@ -176,6 +187,7 @@ def _train(config, vocabulary, recipe, run: Path, data, held_out, about, *, repo
             f"{start.config.vocab_size}; go on from a model that was trained on such data"
         )
     config = dataclasses.replace(config, **vocabulary)
+    where = None if mesh is None else training_placement(mesh, config, recipe)
     begun_with = {
         "model": dataclasses.asdict(config),
         "recipe": dataclasses.asdict(recipe),
@@ -191,7 +203,7 @@ def _train(config, vocabulary, recipe, run: Path, data, held_out, about, *, repo
         refuse_changes(run / "recipe.json", begun_with)
         if isinstance(data, TaskData):
             write(run / "tokenizer.json", data.tokenizer().to_str(pretty=True))
-        state = init_state(config, recipe, start)
+        state = init_state_on(where, config, recipe, start)
         if state.exits is not None:
             added = _size((state.model, state.exits)) - _size(start)
             report({"event": "added", "policy": type(state.exits).__name__, "parameters": added, "to": _size(start)})
@@ -199,7 +211,7 @@ def _train(config, vocabulary, recipe, run: Path, data, held_out, about, *, repo
             state = checkpoints.restore(saved, state)
             report({"event": "resumed", "step": int(state.step)})
         with open_log(run / "log.jsonl", int(state.step)) as log:
-            state = _loop(state, data, held_out, recipe, saved, _tee(log, report))
+            state = _loop(state, data, held_out, recipe, saved, _tee(log, report), where)
     model = unstack_layers(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.model))
     save_hf(model, run / "model", tokenizer_file=run / "tokenizer.json", overwrite=True)
     if state.exits is not None:
@@ -230,12 +242,13 @@ def _open_data(run: Path, recipe: Recipe) -> tuple[TokenData, TokenData, Tokeniz
     return *parts, tokenizer
 
 
-def _loop(state: TrainState, data: Data, held_out: Data, recipe: Recipe, saved, report) -> TrainState:
+def _loop(state: TrainState, data: Data, held_out: Data, recipe: Recipe, saved, report, where) -> TrainState:
+    take_step, evaluate = steps_on(where, state)
     shape = {"batch_size": recipe.batch_size, "length": recipe.length, "seed": recipe.seed}
     logged, began = int(state.step), time.perf_counter()
     for step in range(int(state.step), recipe.steps):
-        tokens, mask = _arrays(data.batch(step, **shape))
-        state, metrics = train_step(state, tokens, recipe, mask)
+        tokens, mask = put_batch(data.batch(step, **shape), where)
+        state, metrics = take_step(state, tokens, recipe, mask)
         done = step + 1
         last = done == recipe.steps
         logs, saves = done % LOG_EVERY == 0 or last, done % recipe.save_every == 0 or last
@@ -248,9 +261,9 @@ def _loop(state: TrainState, data: Data, held_out: Data, recipe: Recipe, saved, 
             logged, began = done, now
             report({"event": "step", "step": done, **values, "tokens_per_second": round(speed)})
         if done % recipe.eval_every == 0 or last:
-            batches = [_arrays(held_out.batch(i, **shape)) for i in range(recipe.eval_batches)]
+            batches = [put_batch(held_out.batch(i, **shape), where) for i in range(recipe.eval_batches)]
             losses_KL = [
-                np.asarray(eval_step(state.model, tokens, recipe, mask, state.exits)) for tokens, mask in batches
+                np.asarray(evaluate(state.model, tokens, recipe, mask, state.exits)) for tokens, mask in batches
             ]
             losses_L = np.mean(losses_KL, axis=0)
             report({"event": "eval", "step": done, "exit_losses": [round(float(loss), 5) for loss in losses_L]})
@@ -258,11 +271,6 @@ def _loop(state: TrainState, data: Data, held_out: Data, recipe: Recipe, saved, 
             checkpoints.save(saved, state)
             report({"event": "saved", "step": done})
     return state
-
-
-def _arrays(batch: np.ndarray | tuple[np.ndarray, np.ndarray]) -> tuple[jax.Array, jax.Array | None]:
-    """Return tokens, and which of them are to be predicted where the data says so."""
-    return tuple(map(jnp.asarray, batch)) if isinstance(batch, tuple) else (jnp.asarray(batch), None)
 
 
 def _check_finite(step: int, values: dict[str, float]) -> None:

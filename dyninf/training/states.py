@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dyninf.model import CausalLM, readout_of
+from dyninf.training.batch_axes import split_batch, split_embedded
 from dyninf.training.layerskip import exit_loss
 from pallas_kernels import prefill_attention
 
@@ -61,10 +62,10 @@ def hidden_states(model: CausalLM, tokens_BT: jax.Array, keep_LB: jax.Array) -> 
     def body(x_BTD, inputs):
         layer, keep_B = inputs
         y_BTD, _ = layer(x_BTD, positions_BT, _attend)
-        x_BTD = jnp.where(keep_B[:, None, None], y_BTD, x_BTD)
+        x_BTD = split_batch(jnp.where(keep_B[:, None, None], y_BTD, x_BTD))
         return x_BTD, x_BTD
 
-    x_BTD = model.embed(tokens_BT).astype(model.layers.wqkv[...].dtype)
+    x_BTD = split_embedded(model.embed(tokens_BT)).astype(model.layers.wqkv[...].dtype)
     return jax.lax.scan(body, x_BTD, (model.layers, keep_LB))[1]
 
 

@@ -33,8 +33,8 @@ def test_the_command_prepares_trains_and_names_the_model(monkeypatch, folder, tm
         calls.append((folders, run, vocab_size, suffixes, init))
         report({"event": "collected", "documents": 3})
 
-    def loop(config, recipe, run, *, report, init):
-        calls.append((config.vocab_size, recipe.steps, init))
+    def loop(config, recipe, run, *, report, init, mesh):
+        calls.append((config.vocab_size, recipe.steps, init, dict(mesh.shape)))
         report({"event": "resumed", "step": 5})
         report({"event": "step", "step": 10, "loss": 4.25, "tokens_per_second": 77})
         report({"event": "eval", "step": 10, "exit_losses": [5.5, 4.5]})
@@ -44,8 +44,8 @@ def test_the_command_prepares_trains_and_names_the_model(monkeypatch, folder, tm
     monkeypatch.setattr(train, "train", loop)
     arguments = ["src", "--run", str(tmp_path), "--set", "recipe.steps=40", "--set", "model.vocab_size=300"]
     arguments += ["--set", "recipe.length=64"]
-    assert main(["train", *arguments, "--from", folder]) == 0
-    assert calls == [(["src"], tmp_path, 300, (".py",), folder), (300, 40, folder)]
+    assert main(["train", *arguments, "--from", folder, "--mesh", "fsdp=2,data=1"]) == 0
+    assert calls == [(["src"], tmp_path, 300, (".py",), folder), (300, 40, folder, {"data": 1, "fsdp": 2})]
     shown = capsys.readouterr()
     assert f"dyninf generate --model {tmp_path / 'model'}" in shown.out
     assert shown.err.splitlines() == [
@@ -88,6 +88,9 @@ def test_a_recipe_reaches_the_loop_and_says_what_to_do_next(kind, command, monke
         (["EMPTY", "--from", "BEGUN"], "got the run directory"),
         (["EMPTY", "--run", "FILE"], "expected a folder for --run, got the file"),
         (["EMPTY", "--set", "recipe.exit_curriculum=spiral"], "expected exit_curriculum among rotational, gradual"),
+        (["EMPTY", "--mesh", "tensor=2"], "expected a mesh of data and fsdp for training, got tensor; use data=N"),
+        (["EMPTY", "--mesh", "data=9"], "expected a mesh of 1 to 8 devices, got data=9 = 9"),
+        (["EMPTY", "--mesh", "data=3"], "expected recipe.batch_size to divide by data=3, got 8; use 9"),
         (["EMPTY", "--set", "recipe.stepz=9"], "expected PATH=VALUE with a path among model.vocab_size"),
     ],
 )

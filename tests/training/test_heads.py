@@ -12,7 +12,7 @@ import pytest
 from dyninf import models
 from dyninf.depth import AdaptedExit, JointExit, StopExit
 from dyninf.models.parameters import named_parameters
-from dyninf.training import heads, loop
+from dyninf.training import heads, meshes
 from dyninf.training.exits_file import load_exits
 from dyninf.training.loop import train
 from dyninf.training.recipe import HEADS
@@ -156,8 +156,8 @@ def test_exits_need_a_model(kind, copy_data, config, short, tmp_path):
 
 
 def test_a_run_of_exits_goes_on_to_the_same_file(copy_data, config, short, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "train_step", take_step)
-    monkeypatch.setattr(loop, "eval_step", evaluate)
+    monkeypatch.setattr(meshes, "train_step", take_step)
+    monkeypatch.setattr(meshes, "eval_step", evaluate)
     folder = copy_data(tmp_path / "run")
     vocab_size = models.load_tokenizer(folder).get_vocab_size()
     model = models.Transformer(dataclasses.replace(config, vocab_size=vocab_size), jax.random.key(7))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dyninf import models
-from dyninf.training import loop
+from dyninf.training import meshes
 from dyninf.training.data import fingerprint
 from dyninf.training.loop import prepare, train
 
@@ -37,7 +37,7 @@ def begin(trained, write_files, recipe, config, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(loop, "train_step", catch)
+            patch.setattr(meshes, "train_step", catch)
             other = dataclasses.replace(config, num_layers=2)  # the trained model's own config counts
             train(other, recipe, folder, report=list, init=str(trained))
         return folder, seen[0]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dyninf import models
-from dyninf.training import checkpoints, loop
+from dyninf.training import checkpoints, meshes
 from dyninf.training.data import TokenData, fingerprint
 from dyninf.training.loop import train
 from dyninf.training.step import init_state
@@ -26,7 +26,7 @@ def begun(run, config, recipe, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "train_step", stop)
+        patch.setattr(meshes, "train_step", stop)
         train(config, recipe, run, report=list)
     state = dataclasses.replace(init_state(config, recipe), step=jnp.int32(recipe.steps))
     checkpoints.save(run / "checkpoints", state)
@@ -121,7 +121,7 @@ def test_before_the_first_checkpoint_the_recipe_may_change(run, config, recipe, 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "train_step", stop)
+    monkeypatch.setattr(meshes, "train_step", stop)
     for tried in (recipe, dataclasses.replace(recipe, learning_rate=1e-3)):
         with pytest.raises(KeyboardInterrupt):
             train(config, tried, run, report=list)
@@ -133,7 +133,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_holds_it(run
         loss = np.nan if state.step == 5 else 1.0
         return dataclasses.replace(state, step=state.step + 1), {"loss": loss, "grad_norm": 1.0}
 
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(meshes, "train_step", step)
     with pytest.raises(ValueError, match=r"finite loss .* at step 6.*lower learning rate"):
         train(config, recipe, run, report=list)
     assert checkpoints.latest(run / "checkpoints") == 3
@@ -151,8 +151,8 @@ def test_a_run_goes_on_with_the_step_after_its_checkpoint_and_logs_every_step_on
         read.setdefault(number, []).append(np.asarray(tokens))
         return dataclasses.replace(state, step=state.step + 1), {"loss": 1.0 + number, "grad_norm": 2.0}
 
-    monkeypatch.setattr(loop, "train_step", step)
-    monkeypatch.setattr(loop, "eval_step", lambda *_: np.zeros(3))
+    monkeypatch.setattr(meshes, "train_step", step)
+    monkeypatch.setattr(meshes, "eval_step", lambda *_: np.zeros(3))
     recipe = dataclasses.replace(recipe, save_every=14)
     with pytest.raises(KeyboardInterrupt):
         train(config, recipe, run, report=list)
@@ -234,7 +234,7 @@ def test_a_damaged_run_is_refused_in_one_line(damage, said, begun, config, recip
 
 
 def test_train_refuses_what_cannot_work_before_any_work(run, config, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "init_state", None)
+    monkeypatch.setattr(meshes, "init_state", None)
     with pytest.raises(ValueError, match="expected the data of a run"):
         train(config, recipe, tmp_path / "nowhere", report=list)
     with pytest.raises(ValueError, match="max_length=32, got 33"):

@@ -19,7 +19,7 @@ import pytest
 
 import dyninf
 from dyninf import models
-from dyninf.training import checkpoints, loop
+from dyninf.training import checkpoints, loop, meshes
 from dyninf.training.data import TokenData, fingerprint
 from dyninf.training.step import init_state
 
@@ -159,7 +159,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_from_the_checkpoint_before
 
 
 def test_a_finished_run_only_writes_its_model_again(finished, config, recipe, monkeypatch):
-    monkeypatch.setattr(loop, "train_step", None)
+    monkeypatch.setattr(meshes, "train_step", None)
     before = {file: file.read_bytes() for file in sorted(finished[0].rglob("*")) if file.is_file()}
     events = []
     assert loop.train(config, recipe, finished[0], report=events.append) == finished[0] / "model"
