@@ -49,18 +49,12 @@ def finished(folder, tmp_path_factory):
     return where, (where / "out.jsonl").read_bytes()
 
 
-def test_a_mesh_gives_the_lines_of_one_device(finished, folder, tmp_path, capsys):
+@pytest.mark.slow  # two processes, below, run the same on the same mesh
+def test_a_mesh_gives_the_lines_of_one_device_and_another_one_goes_on(finished, folder, tmp_path):
     where, results = finished
     target = tmp_path / "out.jsonl"
     assert main(command(folder, where, target, *MESH)) == 1
     assert target.read_bytes() == results
-
-
-@pytest.mark.slow
-def test_a_job_goes_on_with_another_mesh(finished, folder, tmp_path):
-    where, results = finished
-    target = tmp_path / "out.jsonl"
-    assert main(command(folder, where, target, *MESH)) == 1
     target.write_bytes(results[: len(results) // 2])
     assert main(command(folder, where, target, "--mesh", "data=2")) == 1
     assert target.read_bytes() == results
