@@ -5,7 +5,7 @@ import re
 from functools import partial
 from itertools import pairwise
 
-from bench import budget_tables, prefill_tables, selection_tables, sparse_tables
+from bench import budget_tables, mesh_tables, prefill_tables, selection_tables, sparse_tables
 from bench.rendering import H200_COPY_GB_S, RESULTS, commits, read_rows, table
 
 
@@ -262,6 +262,7 @@ TABLES = {
     "selection_step": lambda: selection_tables.selection_table("step"),
     "selection_topk": lambda: selection_tables.selection_table("topk"),
     "decode_128k": selection_tables.whole_table,
+    "mesh_memory": mesh_tables.memory_table,
     "eviction_merge": selection_tables.eviction_table,
     "prefill_dense": lambda: prefill_tables.prefill_table("dense"),
     "prefill_blocks": lambda: prefill_tables.prefill_table("blocks"),

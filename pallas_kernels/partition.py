@@ -69,9 +69,9 @@ def per_device(outputs: str, *, prompts: bool = False, **letters: str) -> Callab
     """Mark an operation that runs on each device of a mesh for itself.
 
     Args:
-        prompts: whether it attends from queries (T, R rows of blocks) to keys (S), which may be those of whole prompts.
         outputs: for every array that it returns its letters, such as ``BTNH``, or the argument that it is the like of;
             after ``flag:`` where it is returned only if that argument is true.
+        prompts: whether it attends from queries (T, R rows of blocks) to keys (S), which may be those of whole prompts.
         letters: those of the arrays of arguments whose names do not end in them. An array of one more axis is stacked,
             its first axis is L. Arrays without letters are whole on each device.
     """

@@ -232,3 +232,11 @@ def test_arrays_of_own_caches_that_are_unknown_are_split_by_batch(config):
     assert isinstance(got["codes"], NamedSharding) and got["codes"].spec == P(("data",), None)
     with pytest.raises(ValueError, match=r"'batch' of the cache's \['codes'\] to divide by data=8, got 3"):
         cache_shardings({"codes": jnp.zeros((3, 3))}, make_mesh({"data": 8}))
+
+
+def test_a_mesh_may_cut_an_axis_of_a_slice():
+    pytest.importorskip("libtpu", reason="needs libtpu to describe a TPU slice: pip install dyninf[tpu]")
+    from jax.experimental import topologies
+
+    mesh = make_mesh({"data": 8, "tensor": 8}, topologies.get_topology_desc("v5p:4x4x4", "tpu").devices)
+    assert dict(mesh.shape) == {"data": 8, "tensor": 8} and len({device.id for device in mesh.devices.flat}) == 64

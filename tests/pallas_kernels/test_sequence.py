@@ -81,7 +81,7 @@ def random_index(rng, entries=5):
 @pytest.mark.parametrize(
     ("window", "sinks", "sent"),
     [
-        (None, 0, {"all-gather": 2}),
+        pytest.param(None, 0, {"all-gather": 2}, marks=pytest.mark.slow),
         # By hand: a window of seven reaches six tokens back, two blocks; the first block is sent to all.
         (7, 3, {"collective-permute": 2, "all-reduce": 1}),
         pytest.param(7, 0, {"collective-permute": 2}, marks=pytest.mark.slow),
