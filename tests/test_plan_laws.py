@@ -44,6 +44,7 @@ STATIC = {name for name in NAMES if PLANS[name].depth.static_layers(L) is not No
 ALIKE = {"evict_pyramid_kv", "exit_capped", "exit_patience", "select_shared", "skip_middle", "sparse_pooled_blocks"}
 ALIKE |= {"decay_linear", "exit_budget", "exit_calm", "exit_entropy", "exit_margin", "exit_mue", "evict_hash"}
 ALIKE |= {"evict_recent", "select_reused", "sparse_lazy", "sparse_power", "sparse_tri_shape", "sparse_zip_vl"}
+ALIKE |= {"evict_d2o", "exit_half", "exit_saturation"}
 ALIKE |= {f"sparse_{policy}" for policy in ("flex_prefill", "lazy_revive", "vertical_slash", "x_attention")}
 ALIKE |= {f"select_{scorer}" for scorer in ("act_qkv", "long", "mp_cache", "page_mean", "retrieval", "votes")}
 ALIKE |= {f"evict_{scorer}" for scorer in ("critic", "expected", "key_norm", "look_once", "snap_kv", "tova")}

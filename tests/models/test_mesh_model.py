@@ -75,7 +75,7 @@ def test_sequences_on_different_devices_send_nothing(even_model, prompts):
     assert collectives(model, start(model, prompts, Plan()), Plan()) == {}
 
 
-@pytest.mark.parametrize("plan", [Plan(), EXITS], ids=["dense", "exits"])
+@pytest.mark.parametrize("plan", [pytest.param(Plan(), marks=pytest.mark.slow), EXITS], ids=["dense", "exits"])
 def test_generation_is_that_of_one_device(plan, even_model, prompts):
     options = {"max_new_tokens": 8, "lengths": LENGTHS, "stop": [3, [5, 9]]}
     want = generate(even_model, prompts, plan, **options)
@@ -96,6 +96,7 @@ def test_batches_that_do_not_divide_are_computed_all_the_same(batch, even_model,
     np.testing.assert_array_equal(got.tokens, want.tokens)
 
 
+@pytest.mark.slow
 def test_gathered_rows_are_those_of_one_device(even_model, prompts):
     want = generate(even_model, prompts, EXITS, max_new_tokens=4, driver=Compact(capacity=3))
     got = generate(laid_out(even_model, data=2, tensor=4), prompts, EXITS, max_new_tokens=4, driver=Compact(capacity=3))
@@ -112,7 +113,13 @@ def test_weights_and_prompts_are_split_over_all_axes(even_model, prompts):
         np.testing.assert_array_equal(generate(model, prompts, prefill_chunk=chunk, **options).tokens, want.tokens)
 
 
-@pytest.mark.parametrize("name", ["dense", "exit_confidence", "select_quest", "sparse_a_shape"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "exit_confidence",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("dense", "select_quest", "sparse_a_shape")),
+    ],
+)
 def test_a_text_is_read_as_on_one_device(name, even_model, prompts):
     run = jax.jit(forward)
     want, model = run(even_model, prompts, plans(L)[name]), laid_out(even_model, data=2, tensor=4)
@@ -122,7 +129,7 @@ def test_a_text_is_read_as_on_one_device(name, even_model, prompts):
     assert got.logits.addressable_shards[0].data.shape == (B // 2, T, V // 4)
 
 
-@pytest.mark.parametrize("plan", [Plan(), EXITS], ids=["dense", "exits"])
+@pytest.mark.parametrize("plan", [pytest.param(Plan(), marks=pytest.mark.slow), EXITS], ids=["dense", "exits"])
 def test_stacked_layers_decode_by_index(plan, even_model, prompts):
     stacked = stack_for_decoding(even_model)
     want = generate(stacked, prompts, plan, max_new_tokens=4, driver="indexed")
