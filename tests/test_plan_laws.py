@@ -41,11 +41,10 @@ PLANS = {**plans(L), "exit_catch_up": Plan(depth=every(Confidence(threshold=0.9)
 NAMES = sorted(PLANS)
 STATIC = {name for name in NAMES if PLANS[name].depth.static_layers(L) is not None}
 # Differ from a plan beside them by how or when they score or by what they skip: held to the laws in slow runs.
-ALIKE = {"evict_pyramid_kv", "exit_capped", "exit_patience", "select_shared", "skip_middle", "sparse_pooled_blocks"}
-ALIKE |= {"decay_linear", "exit_budget", "exit_calm", "exit_entropy", "exit_margin", "exit_mue", "evict_hash"}
-ALIKE |= {"evict_recent", "select_reused", "sparse_lazy", "sparse_power", "sparse_tri_shape", "sparse_zip_vl"}
-ALIKE |= {"evict_d2o", "exit_half", "exit_saturation"}
-ALIKE |= {f"sparse_{policy}" for policy in ("flex_prefill", "lazy_revive", "vertical_slash", "x_attention")}
+ALIKE = {name for name in NAMES if name.startswith("sparse_")} - {"sparse_a_shape"}
+ALIKE |= {"evict_d2o", "evict_hash", "evict_pyramid_kv", "evict_recent", "select_reused", "select_shared"}
+ALIKE |= {f"exit_{rule}" for rule in ("budget", "calm", "capped", "entropy", "half", "margin", "mue", "saturation")}
+ALIKE |= {"decay_linear", "exit_patience", "skip_middle"}
 ALIKE |= {f"select_{scorer}" for scorer in ("act_qkv", "long", "mp_cache", "page_mean", "retrieval", "votes")}
 ALIKE |= {f"evict_{scorer}" for scorer in ("critic", "expected", "key_norm", "look_once", "snap_kv", "tova")}
 ALONE = ("decay_power", "dense", "exit_catch_up", "exit_confidence_masked", "exit_first_of")  # one of each kind
