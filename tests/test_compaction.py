@@ -61,6 +61,7 @@ PLANS = {
     "previous": Plan(depth=Behind()),
     "shortcuts": Plan(depth=Routed(shortcut=True)),
 }
+ALIKE = ("previous", "shortcuts")  # groups as those before them: in slow runs
 
 
 def assert_same(got, want):
@@ -75,7 +76,7 @@ def assert_same(got, want):
         assert wanted.valid is None or (cache.valid == wanted.valid).all()
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in PLANS])
 def test_compact_is_segments(roll, name):
     want = roll(PLANS[name], PROMPTS, LENGTHS, driver="segments")
     assert_same(roll(PLANS[name], PROMPTS, LENGTHS, driver=Compact(capacity=3)), want)

@@ -76,7 +76,7 @@ def test_a_sparse_prompt_is_masked_attention(tiny_model, policy, seen):
     np.testing.assert_allclose(got, later, **CLOSE)
 
 
-@pytest.mark.parametrize("window", [2, 5, 40])
+@pytest.mark.parametrize("window", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 40))])
 def test_a_window_of_the_layer_and_of_the_policy_are_both_kept(window):
     model = windowed(window)
     logits, _ = run(model, Plan(sparsity=A_SHAPE))
@@ -146,6 +146,7 @@ def test_one_program_serves_all_lengths_and_runs_no_chunk_beyond_them(tiny_model
     assert sorted(set(traced)) == list(range(6)) and len(traced) <= 12  # a loop's body may be traced twice
 
 
+@pytest.mark.slow
 def test_generation_reads_prompts_in_chunks(tiny_model):
     plan = Plan(sparsity=POWER)
     want = generate(tiny_model, TOKENS, plan, max_new_tokens=5, lengths=LENGTHS)

@@ -105,6 +105,7 @@ def test_compare_writes_rows_and_a_table(folder, tmp_path, capsys, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_decoding_for_the_time_follows_the_text(loaded, windows):
     plan = plans(4)["exit_patience"]
     text = Excerpt(prompt=windows.inputs[0, :9], following=windows.inputs[0, 9:25])

@@ -135,6 +135,7 @@ def test_windows_leave_pages_out_of_remembered_scores():
     assert choose_pages(follower, select, q, at, window=6).pages[0].tolist() == [[2, 3]], "slots 2 to 7"
 
 
+@pytest.mark.slow
 def test_a_threshold_that_always_asks_is_no_reuse(roll):
     """Cosines of 1 and more are rare; below that every step scores, and choices are those without a memory."""
     plan = Plan(select=TopK(scorer=Quest(page_size=2), budget=6, sinks=1))

@@ -68,6 +68,7 @@ def test_the_cache_is_smaller_by_what_factors_save():
     assert 0.64 < small.nbytes / dense.nbytes < 0.66
 
 
+@pytest.mark.slow
 def test_generating_with_all_directions_is_exact_and_ends_with_its_slots(tiny_model):
     """A text whose short row could go on, had the cache slots for it."""
     prompts, lengths = np.random.default_rng(4).integers(0, 61, (2, 24)), np.array([24, 9])

@@ -89,6 +89,7 @@ def stored(select, obs, capacity):
     return attend(jnp.asarray(obs.q_BTNH), jnp.asarray(obs.k_BTKH), jnp.asarray(obs.v_BTKH))
 
 
+@pytest.mark.slow
 def test_pages_of_one_key_are_exact_retrieval():
     """A step attends to the keys of the largest dot products of its group, the sinks and its own, from any slot."""
     select = TopK(scorer=RetrievalAttention(page_size=1, centroids=4, samples=8), budget=9, sinks=2)

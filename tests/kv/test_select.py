@@ -169,6 +169,7 @@ def summaries_follow_from_keys(state, select, sizes):
                 np.testing.assert_array_equal(cache.summary[row, page], np.broadcast_to(want, cache.summary.shape[2:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fill", ["mask", pytest.param("propagate", marks=pytest.mark.slow)])
 def test_an_exiting_plan_may_select(roll, fill):
     """Layers that do not run project keys and summarize them; where keys are hidden, summaries leave them out."""

@@ -102,6 +102,7 @@ def test_recency_keeps_sinks_and_the_newest(tiny_model, rng):
     assert (generation.stats.kv_read <= 8).all()
 
 
+@pytest.mark.slow
 def test_an_exiting_plan_may_evict(tiny_model, rng):
     """Keys of layers that did not run are projected into evicting caches as into others."""
     prompts = rng.integers(0, 61, (2, 9))

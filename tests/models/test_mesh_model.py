@@ -103,6 +103,7 @@ def test_gathered_rows_are_those_of_one_device(even_model, prompts):
     np.testing.assert_array_equal(got.tokens, want.tokens)
 
 
+@pytest.mark.slow
 def test_weights_and_prompts_are_split_over_all_axes(even_model, prompts):
     """Eight tokens of each prompt over two devices of ``sequence``, in one chunk and in two."""
     prompts = np.pad(prompts, ((0, 0), (0, 1)))
@@ -129,6 +130,7 @@ def test_a_text_is_read_as_on_one_device(name, even_model, prompts):
     assert got.logits.addressable_shards[0].data.shape == (B // 2, T, V // 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [pytest.param(Plan(), marks=pytest.mark.slow), EXITS], ids=["dense", "exits"])
 def test_stacked_layers_decode_by_index(plan, even_model, prompts):
     stacked = stack_for_decoding(even_model)

@@ -114,6 +114,7 @@ CASES = {
     "a_rule": ({"layers": 4, "positions": (3, 128)}, (0, 1, 2, 3), (4, 4), {"threshold": 0.9}),
     "a_window": ({"positions": (134, 5)}, (0, 1), (2, 2), {"window": 130}),
 }
+QUICK = ("biases_and_norms", "planned_depths_filled", "a_rule")  # interpreted by default
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -125,7 +126,7 @@ def test_loop_agrees_with_numpy(rng, stack_case, name):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_kernel_agrees_with_numpy(rng, stack_case, interpret, name):
     changes, order, planned, options = CASES[name]
     kernel = functools.partial(interpret, races=name == "planned_depths_filled")

@@ -128,7 +128,7 @@ def test_dispatch_names_a_reason_away_from_a_gpu():
 
 
 @needs_interpreter
-@pytest.mark.parametrize("batch", [8, 64])
+@pytest.mark.parametrize("batch", [8, pytest.param(64, marks=pytest.mark.slow)])
 def test_the_kernel_lowers_for_a_hopper_gpu(batch):
     """Shared memory, layouts and transfers are checked while lowering; the machine code is not."""
     g, dtype = llama_8b(batch), jnp.bfloat16

@@ -143,6 +143,7 @@ def test_layers_that_prompts_skip(tiny_model, depth, skipped):
     np.testing.assert_allclose(logits, want, **CLOSE)
 
 
+@pytest.mark.slow
 def test_masked_exits_follow_dropped_tokens(roll):
     plan = Plan(sparsity=LAZY, depth=every(Confidence(threshold=0.5), step=2), fill="mask")
     out = roll(plan, TOKENS, np.full(3, T))
@@ -166,6 +167,7 @@ def test_stacked_layers_prefill_the_same(tiny_model):
     assert reason is not None and "in every layer, which LazyLLM does not" in reason
 
 
+@pytest.mark.slow
 def test_windows_belong_below_the_first_stage():
     config = ModelConfig(
         vocab_size=61, num_layers=4, d_model=24, d_ff=40, num_heads=6, num_kv_heads=2, head_dim=8, max_length=64,

@@ -137,6 +137,7 @@ def test_heads_have_grids_and_orders_of_their_own(rng):
     assert found.order[0, 1].tolist() == list(range(60)) != found.order[0, 0].tolist() != found.order[0, 3].tolist()
 
 
+@pytest.mark.slow
 def test_a_model_runs_group_by_group(tiny_model):
     tokens, lengths = jnp.asarray(np.random.default_rng(1).integers(0, 61, (2, 19))), jnp.asarray(LENGTHS)
     quick = {"xla_backend_optimization_level": 0}

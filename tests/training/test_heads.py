@@ -155,6 +155,7 @@ def test_exits_need_a_model(kind, copy_data, config, short, tmp_path):
         train(config, dataclasses.replace(short, kind=kind), copy_data(tmp_path / "run"), report=list)
 
 
+@pytest.mark.slow
 def test_a_run_of_exits_goes_on_to_the_same_file(copy_data, config, short, tmp_path, monkeypatch):
     monkeypatch.setattr(meshes, "train_step", take_step)
     monkeypatch.setattr(meshes, "eval_step", evaluate)

@@ -152,6 +152,7 @@ def test_the_loss_of_a_model_by_numpy(model, policy, tokens, phase):
     assert not np.any(for_policy.bias[jnp.array([0, 2])])
 
 
+@pytest.mark.slow
 def test_alternating_lowers_the_joint_objective(model, policy, tokens):
     """The readout alone of the model is trained, as in the paper; a period of 5 in 40 steps."""
     trained, optimizer = {"readout": select(model, ("norm_final", "unembedding")), "gates": policy}, optax.adam(0.05)

@@ -119,6 +119,7 @@ def test_nothing_is_unpickled(finished):
     assert "unpickled" not in finished[1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_model(finished, run, start, config, recipe):
     expected, resumed = finished[0], []
     for number in range(2):

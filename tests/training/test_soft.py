@@ -108,6 +108,7 @@ def test_the_states_are_those_of_numpy(model, tokens, by_numpy, form):
     np.testing.assert_array_equal(predictions, by_numpy[1][[0, 2, 3]].argmax(-1))
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_mean_over_sub_models_cut_out(model, tokens, mask):
     """Each sub-model alone, as a model of its own; its gradient reaches its own layers only."""
 

@@ -236,6 +236,7 @@ def test_the_first_update_is_made_at_a_learning_rate_of_zero_and_the_next_are_no
     assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, state.model, start)))
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_float32_masters_and_adds_up_in_float32(model):
     recipe = dataclasses.replace(RECIPE, length=400, clip=1e9, chunk=600)
     # One token at every other place: its row of the gradient has 3 * 200 terms, of which a bfloat16 sum loses most.
@@ -293,6 +294,7 @@ def test_exits_that_a_model_has_no_place_for():
             check_exits(LAYERS, dataclasses.replace(RECIPE, kind=kind, exit_period=kinds[kind] + 1))
 
 
+@pytest.mark.slow
 def test_a_plain_recipe_reads_no_exit_period(model, tokens):
     recipes = [dataclasses.replace(RECIPE, kind="plain", exit_period=period) for period in (2, 99)]
     first, second = (take_step(begin(model, recipe), tokens, recipe)[1]["loss"] for recipe in recipes)

@@ -63,6 +63,7 @@ def test_the_tokenizer_names_every_id():
     assert tokenizer.decode(ids) == "[BOS] [KEY] k12 [VALUE] v7 n127"
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(tmp_path, capsys):
     sizes = ("steps=2", "length=160", "batch_size=2", "eval_every=2", "eval_batches=1", "save_every=2", "warmup=1")
     changes = [part for size in sizes for part in ("--set", f"recipe.{size}")] + ["--set", "model.num_layers=2"]
