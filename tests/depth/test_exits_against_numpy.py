@@ -161,6 +161,8 @@ def never(*_):
 
 
 ALL = tuple(range(1, L))
+# Their parts stand in cases beside them: in slow runs.
+ALIKE = ("margin", "entropy", "patience_every_2", "first_of")
 CASES = {
     "dense": (Plan(), never, (), nothing),
     "max_prob": (Plan(depth=Confidence(threshold=0.9)), confident("max_prob", 0.9), ALL, nothing),
@@ -215,7 +217,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in CASES])
 def test_tokens_logits_and_depths_are_those_of_numpy(roll, name):
     plan, rule, decisions, skipped = CASES[name]
     prompts = np.random.default_rng(0).integers(0, 61, (3, 7))
