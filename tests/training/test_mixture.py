@@ -21,10 +21,9 @@ CONFIG = ModelConfig(
 )
 L, D, B, T = 4, 24, 3, 8
 LENGTHS = jnp.array([8, 3, 6])
-QUICK = {"xla_backend_optimization_level": 0}  # compiling takes nearly all the time of these tests
-forward = jax.jit(mixture_forward, compiler_options=QUICK)
-dense_states = jax.jit(dyninf.layer_states, compiler_options=QUICK)
-grad_of_loss = jax.jit(jax.grad(mixture_loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK)
+forward = jax.jit(mixture_forward)
+dense_states = jax.jit(dyninf.layer_states)
+grad_of_loss = jax.jit(jax.grad(mixture_loss, argnums=(0, 1), has_aux=True))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +117,7 @@ def test_it_is_decoding_where_the_sign_predicts_the_picks(model, tokens):
     """Shift each router's zero between the picked and the others; of one text, as others differ in that place."""
     text, count = tokens[:1, :7], 4  # half of 7, rounded up
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.jit)
     def shifted(model, policy, text):
         for layer in policy.decision_layers(L):
             below = MixtureOfDepths(router=policy.router[:layer], bias=policy.bias[:layer], capacity=0.5)
@@ -132,7 +131,7 @@ def test_it_is_decoding_where_the_sign_predicts_the_picks(model, tokens):
     out = forward(model, policy, text)
     assert out.agreement == 1 and np.asarray(out.ran_LBT).sum(-1).tolist() == [[7], [count], [7], [count]]
     plan = Plan(depth=policy, fill="mask")
-    want = jax.jit(dyninf.forward, compiler_options=QUICK)(model, text, plan, prompt_lengths=jnp.array([0]))
+    want = jax.jit(dyninf.forward)(model, text, plan, prompt_lengths=jnp.array([0]))
     np.testing.assert_array_equal(np.asarray(out.ran_LBT).sum(0), want.needed)
     np.testing.assert_allclose(out.x_BTD, want.states, rtol=1e-4, atol=1e-5)
 
@@ -160,7 +159,7 @@ def test_the_predictor_loss_teaches_the_sign(model, tokens):
         out = mixture_forward(model, policy, tokens)
         return out.predictor_loss, out.agreement
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.jit)
     def step(policy, moments):
         (value, agreement), grads = jax.value_and_grad(loss, has_aux=True)(policy)
         updates, moments = optimizer.update(grads, moments)

@@ -1,7 +1,6 @@
 """One step of training against the same mathematics written out for one sequence at a time."""
 
 import dataclasses
-import functools
 import re
 
 import jax
@@ -42,14 +41,13 @@ RECIPE = Recipe(
     chunk=8,  # does not divide 3 * 7
     seed=3,
 )
-QUICK = {"xla_backend_optimization_level": 0}  # compiling takes nearly all the time of these tests
 SHAPE = (RECIPE.batch_size, RECIPE.length + 1)
 LAYERS = CONFIG.num_layers
 
-take_step = jax.jit(train_step.__wrapped__, static_argnames="recipe", compiler_options=QUICK)
-layer_states = jax.jit(dyninf.layer_states, compiler_options=QUICK)
-forward = jax.jit(dyninf.forward, compiler_options=QUICK)
-states_of = jax.jit(hidden_states, compiler_options=QUICK)
+take_step = jax.jit(train_step.__wrapped__, static_argnames="recipe")
+layer_states = jax.jit(dyninf.layer_states)
+forward = jax.jit(dyninf.forward)
+states_of = jax.jit(hidden_states)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +80,7 @@ def naive_attend(q_TNH, k_TKH, v_TKH, *, window=None):
     return jnp.stack(heads, 1)[None], None
 
 
-run_layer = jax.jit(lambda layer, x, positions: layer(x, positions, naive_attend)[0][0], compiler_options=QUICK)
+run_layer = jax.jit(lambda layer, x, positions: layer(x, positions, naive_attend)[0][0])
 
 
 def naive_states(model, tokens_T, keep_L):
@@ -178,7 +176,7 @@ def test_without_early_exits_and_dropout_the_gradient_is_that_of_the_plain_loss(
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     state, metrics = take_step(begin(model, recipe), tokens, recipe)
-    expected = jax.jit(jax.grad(plain), compiler_options=QUICK)(model)
+    expected = jax.jit(jax.grad(plain))(model)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(expected), rtol=1e-5)
     moments = named_parameters(unstack_layers(optax.tree.get(state.optimizer, "mu")))
     for name, gradient in named_parameters(expected).items():  # the first moment after one step is a tenth of it
@@ -199,7 +197,7 @@ def test_weight_decay_is_for_matrices(model):
     stacked = stack_layers(jax.tree.map(lambda leaf: leaf + 1, model))
     transform = optimizer(recipe)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def update(model):
         return transform.update(jax.tree.map(jnp.zeros_like, model), transform.init(model), model)[0]
 
@@ -262,7 +260,7 @@ def test_the_states_of_layers_have_the_compute_dtype(dtype, shown, model, tokens
 
 
 def test_evaluation_is_the_mean_over_tokens_at_every_exit(model, tokens):
-    evaluate = jax.jit(eval_step.__wrapped__, static_argnames="recipe", compiler_options=QUICK)
+    evaluate = jax.jit(eval_step.__wrapped__, static_argnames="recipe")
     losses = evaluate(stack_layers(model), tokens, RECIPE)
     states = layer_states(model, tokens[:, :-1])[1:]
     logits = jnp.stack([*map(model.unembed, states[:-1]), forward(model, tokens[:, :-1]).logits])
