@@ -10,7 +10,6 @@ device. A prompt of ``--context`` tokens for each group of devices that splits t
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import re
@@ -30,7 +29,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dyninf import CacheSpec, Plan, decode_step, prefill
-from dyninf.cli.bench import commit
+from dyninf.cli.bench import describe_device, write_row
 from dyninf.configs.models import shapes
 from dyninf.configs.plans import plans
 from dyninf.models import cache_shardings, make_mesh, model_shardings, on_mesh
@@ -70,11 +69,7 @@ def main() -> int:
                 about = {"bench": "mesh_memory", "program": program, "shape": arguments.shape, "plan": arguments.plan}
                 about |= {"topology": topology, "mesh": axes, "context": arguments.context}
                 about |= {"compiled_layers": compiled}
-                line = json.dumps(about | row | {"jax": jax.__version__, "commit": commit()})
-                print(line, flush=True)
-                if arguments.jsonl:
-                    with arguments.jsonl.open("a", encoding="utf-8") as file:
-                        file.write(line + "\n")
+                write_row(about | row | describe_device() | {"device": f"{topology}, described"}, arguments.jsonl)
     return 0
 
 
