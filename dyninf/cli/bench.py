@@ -135,10 +135,11 @@ def _time(model: models.Transformer, plan: dyninf.Plan, batch: int, arguments: a
         return random_state(model, plan, batch=batch, length=arguments.filled, capacity=context, key=key)
 
     def placed() -> dyninf.DecodeState:
-        state, mesh = begin(), read_mesh(arguments.mesh)
-        if mesh is None:
+        state = begin()
+        if not isinstance(model, models.MeshModel):
             return state
-        return dataclasses.replace(state, cache=jax.device_put(state.cache, models.cache_shardings(state.cache, mesh)))
+        shardings = models.cache_shardings(state.cache, model.where.mesh)
+        return dataclasses.replace(state, cache=jax.device_put(state.cache, shardings))
 
     timing = measure(decode, warmup=1, repeats=arguments.repeats, setup=placed)
     timing, means = timing.per(steps), dyninf.summarize(spent[0])

@@ -17,6 +17,7 @@ from dyninf.catch_up import Pending, no_pending
 from dyninf.depth_loop import Driver
 from dyninf.kv import ReadAll, TopK
 from dyninf.model import CausalLM, kv_shape, vocab_size
+from dyninf.models import MeshModel
 from dyninf.own_cache import OwnCache, tree_bytes
 from dyninf.prompt_run import padded_length
 from dyninf.revival import Dropped
@@ -163,7 +164,7 @@ def bytes_per_step(model: CausalLM, means: dict[str, float], batch: int) -> floa
         means: of the steps, by ``dyninf.summarize``.
     """
     layers = _size(model.layers) / len(model.layers)
-    model = getattr(model, "model", model)  # that of a mesh
+    model = model.model if isinstance(model, MeshModel) else model
     tied = getattr(model, "unembedding", None) is None
     readout = _size(model.embedding if tied else model.unembedding)
     entry = kv_shape(model)
