@@ -242,8 +242,9 @@ class _Step:
 
     def run(self, layer, x_BTD, k_BSKH, v_BSKH):
         layer = jax.tree.map(lambda leaf: leaf, layer)  # a copy whose weights may be replaced
-        for name, shape in (("wqkv", "qkv_shape"), ("wo", "out_shape"), ("w_gate_up", "gate_up_shape")):
+        for name, shape in (("wqkv", "qkv_shape"), ("wo", "out_shape")):
             setattr(layer, name, nnx.Param(getattr(layer, name)[...].reshape(getattr(self.layers, shape))))
+        layer.w_gate_up = nnx.Param(jnp.moveaxis(layer.w_gate_up[...], 0, 1))
         live_BT = jnp.ones(self.positions_BT.shape, bool)
         attend = attend_cached(self.positions_BT, live_BT, write_inactive=True)(LayerCache(k=k_BSKH, v=v_BSKH), live_BT)
         x_BTD, cache = layer(x_BTD, self.positions_BT, attend)

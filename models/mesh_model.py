@@ -142,7 +142,7 @@ def on_mesh(model: Any, mesh: Mesh, rules: Rules | None = None) -> MeshModel:
 
 def _kernels(where: Placement) -> contextlib.ContextDecorator:
     """Return the context in which kernels run on each device for its sequences and heads."""
-    axes = {"batch": "batch", "heads": "kv_heads", "length": "length"}
+    axes = {"batch": "batch", "heads": "kv_heads", "length": "length", "width": "embed"}
     return partitioned(where.mesh, **{name: where.mesh_axes(axis) for name, axis in axes.items()})
 
 

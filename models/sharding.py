@@ -50,13 +50,12 @@ PARAMETERS: dict[str, Axes] = {
     "w_gate_up": ("embed", None, "mlp"),
     "w_down": ("mlp", "embed"),
 }
-# Of the layers of stack_for_decoding, which join the axes of heads. They also join gate with up: a device that held a
-# piece of both would hold no piece of the joined axis, so that these stay whole.
+# Of the layers of stack_for_decoding, which join the axes of heads and have gate and up apart.
 JOINED: dict[str, Axes] = {
     "wqkv": ("embed", "kv_heads"),
     "bqkv": ("kv_heads",),
     "wo": ("heads", "embed"),
-    "w_gate_up": ("embed", None),
+    "w_gate_up": (None, "embed", "mlp"),
 }
 CACHES: dict[str, Axes] = {
     "k": ("batch", "slots", "kv_heads", "head_dim"),

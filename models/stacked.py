@@ -38,11 +38,11 @@ class StackedLayers(nnx.Module):
             )
         first, length = layers[0], len(layers)
         self.stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-        self.qkv_shape, self.out_shape, self.gate_up_shape = first.wqkv.shape, first.wo.shape, first.w_gate_up.shape
+        self.qkv_shape, self.out_shape = first.wqkv.shape, first.wo.shape
         # One axis for all that a product makes: several would be padded, and copied, on a TPU.
         self.stack.wqkv = nnx.Param(self.stack.wqkv[...].reshape(length, self.qkv_shape[0], -1))
         self.stack.wo = nnx.Param(self.stack.wo[...].reshape(length, -1, self.out_shape[-1]))
-        self.stack.w_gate_up = nnx.Param(self.stack.w_gate_up[...].reshape(length, self.gate_up_shape[0], -1))
+        self.stack.w_gate_up = nnx.Param(jnp.moveaxis(self.stack.w_gate_up[...], 2, 1))
         if self.stack.bqkv is not None:
             self.stack.bqkv = nnx.Param(self.stack.bqkv[...].reshape(length, -1))
 
@@ -59,7 +59,7 @@ class StackedLayers(nnx.Module):
         layer = jax.tree.map(lambda leaf: leaf[index], self.stack)
         layer.wqkv = nnx.Param(layer.wqkv[...].reshape(self.qkv_shape))
         layer.wo = nnx.Param(layer.wo[...].reshape(self.out_shape))
-        layer.w_gate_up = nnx.Param(layer.w_gate_up[...].reshape(self.gate_up_shape))
+        layer.w_gate_up = nnx.Param(jnp.moveaxis(layer.w_gate_up[...], 0, 1))
         if layer.bqkv is not None:
             layer.bqkv = nnx.Param(layer.bqkv[...].reshape(self.qkv_shape[1:]))
         return layer

@@ -30,11 +30,13 @@ class Implementation:
         name: what ``implementation=`` accepts.
         refuse: called with the facts of the call; returns why it cannot serve, or ``None``.
         run: the function itself.
+        splits: whether a kernel divides its work among the devices of a mesh by itself.
     """
 
     name: str
     refuse: Callable[..., str | None]
     run: Callable[..., Any]
+    splits: bool = False
 
 
 def kernel(package: str, name: str, operation: str) -> Implementation:
@@ -80,7 +82,7 @@ def choose(
     for implementation in implementations:
         if requested not in (None, implementation.name):
             continue
-        reason = implementation.refuse(**facts) or _refuse_many(implementation.name)
+        reason = implementation.refuse(**facts) or _refuse_many(implementation)
         if reason is None:
             if reasons and (facts.get("platform") == "gpu" or any(MANY in reason for reason in reasons)):
                 _log_once(f"{operation} runs as {implementation.name!r}: " + "; ".join(reasons))
@@ -138,10 +140,10 @@ def refuse_keys(dtype: Any, head_dim: int) -> str | None:
     return None
 
 
-def _refuse_many(name: str) -> str | None:
+def _refuse_many(implementation: Implementation) -> str | None:
     """Return why a kernel of an operation that is not split among devices cannot run on several, or ``None``."""
-    devices = partition.num_devices()
-    return f"{MANY}, got a mesh of {devices}" if devices > 1 and name.startswith("mosaic") else None
+    devices, single = partition.num_devices(), implementation.name.startswith("mosaic") and not implementation.splits
+    return f"{MANY}, got a mesh of {devices}" if devices > 1 and single else None
 
 
 @functools.cache

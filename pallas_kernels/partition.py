@@ -4,16 +4,17 @@ JAX partitions plain JAX by itself, and refuses to partition a Pallas kernel. Wi
 marked with :func:`per_device` runs inside ``jax.shard_map`` instead, whichever implementation serves it: the letters of
 its arguments say where batch (B) and heads (N and K) are, which are split where they divide evenly; the rest is whole
 on each device. Heads need nothing of each other, so that nothing is sent, except where they share a decision: such an
-operation reduces with :func:`mean_of_devices`, once, and every device gets the same number and decides alike. Tokens of
-whole prompts can be split as well (:mod:`pallas_kernels.sequence`). What is not marked, and everything around, is left
-to JAX; kernels that are not refuse (:mod:`pallas_kernels.dispatch`).
+operation reduces with :func:`mean_of_devices`, once, and every device gets the same number and decides alike. A kernel
+that runs whole layers asks who shares the heads (:func:`sharing`) and adds up with them itself. Tokens of whole prompts
+can be split as well (:mod:`pallas_kernels.sequence`). What is not marked, and everything around, is left to JAX;
+kernels that are not refuse (:mod:`pallas_kernels.dispatch`).
 """
 
 import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +27,15 @@ from pallas_kernels.sequence import attend_part, is_whole_prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """A mesh, which axes split sequences, heads and prompts, and whether one of its devices is at hand, or all."""
+    """A mesh, the axes that split sequences, heads, prompts and the width of weights, and whether one device is at
+    hand, or all.
+    """
 
     mesh: Mesh
     batch: tuple[str, ...]
     heads: tuple[str, ...]
     length: tuple[str, ...] = ()
+    width: tuple[str, ...] = ()
     one: bool = False
 
 
@@ -40,10 +44,20 @@ _PARTITION: ContextVar[Partition | None] = ContextVar("partition", default=None)
 
 @contextlib.contextmanager
 def partitioned(
-    mesh: Mesh, *, batch: Sequence[str] = (), heads: Sequence[str] = (), length: Sequence[str] = ()
+    mesh: Mesh,
+    *,
+    batch: Sequence[str] = (),
+    heads: Sequence[str] = (),
+    length: Sequence[str] = (),
+    width: Sequence[str] = (),
 ) -> Iterator[None]:
-    """Trace what follows for the devices of a mesh, whose named axes split sequences, heads and tokens of prompts."""
-    with _within(Partition(mesh=mesh, batch=tuple(batch), heads=tuple(heads), length=tuple(length))):
+    """Trace what follows for the devices of a mesh.
+
+    Args:
+        batch, heads, length, width: its axes that split sequences, heads, tokens of prompts, and the width of weights.
+    """
+    axes = {"batch": batch, "heads": heads, "length": length, "width": width}
+    with _within(Partition(mesh=mesh, **{name: tuple(given) for name, given in axes.items()})):
         yield
 
 
@@ -65,15 +79,34 @@ def mean_of_devices(x: jax.Array) -> jax.Array:
     return jax.lax.pmean(x, where.heads) if where is not None and where.one and where.heads else x
 
 
-def per_device(outputs: str, *, prompts: bool = False, **letters: str) -> Callable[[Callable], Callable]:
+def sharing() -> tuple[Mesh, tuple[str, ...]] | None:
+    """Return the mesh and its axes whose devices share the heads of the marked operation at hand; ``None`` if alone."""
+    where = _PARTITION.get()
+    return (where.mesh, where.heads) if where is not None and where.one and where.heads else None
+
+
+def parts() -> dict[str, int]:
+    """Return in how many parts ``batch``, ``heads`` and ``width`` are split where an operation is to be marked; 1 each
+    on one device.
+    """
+    where = _PARTITION.get()
+    names = ("batch", "heads", "width")
+    if where is None or where.one:
+        return dict.fromkeys(names, 1)
+    return {name: math.prod(where.mesh.shape[axis] for axis in getattr(where, name)) for name in names}
+
+
+def per_device(
+    outputs: str, *, prompts: bool = False, **letters: str | Mapping[str, str]
+) -> Callable[[Callable], Callable]:
     """Mark an operation that runs on each device of a mesh for itself.
 
     Args:
         outputs: for every array that it returns its letters, such as ``BTNH``, or the argument that it is the like of;
             after ``flag:`` where it is returned only if that argument is true.
         prompts: whether it attends from queries (T, R rows of blocks) to keys (S), which may be those of whole prompts.
-        letters: those of the arrays of arguments whose names do not end in them. An array of one more axis is stacked,
-            its first axis is L. Arrays without letters are whole on each device.
+        letters: those of the arrays of arguments whose names do not end in them, for a dataclass by its fields. An
+            array of one more axis is stacked, its first axis is L. Arrays without letters are whole on each device.
     """
 
     def mark(operation: Callable) -> Callable:
@@ -93,7 +126,7 @@ def per_device(outputs: str, *, prompts: bool = False, **letters: str) -> Callab
     return mark
 
 
-def _run(operation, where, arguments: dict[str, Any], outputs: str, prompts: bool, letters: dict[str, str]) -> Any:
+def _run(operation, where, arguments: dict[str, Any], outputs: str, prompts: bool, letters: dict[str, Any]) -> Any:
     """Run a marked operation inside ``shard_map``."""
     length = where.length if prompts and where.length else ()
     if length and not is_whole_prompt(arguments, math.prod(where.mesh.shape[name] for name in length)):
@@ -157,10 +190,13 @@ def _holds_arrays(value: Any) -> bool:
     return bool(leaves) and all(hasattr(leaf, "shape") for leaf in leaves)
 
 
-def _axes(value: Any, letters: str) -> list[str]:
+def _axes(value: Any, letters: str | Mapping[str, str]) -> list[str]:
     """Return the letters of each array of an argument, as many as it has axes."""
     leaves = jax.tree.leaves(value)
-    named = letters.split() if letters else [""] * len(leaves)
+    if isinstance(letters, Mapping):
+        named = [letters[path[-1].name] for path, _ in jax.tree_util.tree_leaves_with_path(value)]
+    else:
+        named = letters.split() if letters else [""] * len(leaves)
     return [
         ("L" * array.ndim + one)[-array.ndim :] if array.ndim else "" for array, one in zip(leaves, named, strict=True)
     ]

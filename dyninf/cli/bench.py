@@ -57,6 +57,7 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
     add_model_options(parser)
     add_mesh_option(parser, "the model, as in tensor=4,")
     parser.add_argument("--shape", metavar="NAME", help=f"random weights of a known shape: {', '.join(shapes())}")
+    parser.add_argument("--stacked", action="store_true", help="stack the layers, which one kernel then runs on a GPU")
     parser.add_argument("--plans", default="dense", metavar="A,B", help="named plans, as for compare (default: dense)")
     parser.add_argument("--batch", default="1", metavar="B,B", help="batch sizes (default: 1)")
     parser.add_argument("--context", type=int, default=512, metavar="S", help="cache slots (default: 512)")
@@ -184,15 +185,17 @@ def _model(arguments: argparse.Namespace, dtype: str) -> tuple[str, models.Trans
         raise ValueError("expected --model or --shape, got both")
     if arguments.shape is not None and arguments.shape not in shapes():
         raise ValueError(f"expected a shape among {', '.join(shapes())}, got {arguments.shape!r}")
-    mesh = read_mesh(arguments.mesh)
-    if arguments.shape is None:
-        name = model_name(arguments.model)
-        model = models.load(name, dtype=DTYPES[dtype], mesh=mesh)
-    elif mesh is None:
-        name, model = arguments.shape, models.Transformer(shapes()[arguments.shape], jax.random.key(0), DTYPES[dtype])
+    mesh, dtype, shape = read_mesh(arguments.mesh), DTYPES[dtype], arguments.shape
+    if shape is not None and mesh is not None:
+        key = jax.random.key(0)
+        model = models.random_model(shapes()[shape], mesh, key=key, dtype=dtype, stacked=arguments.stacked)
+        return shape, models.on_mesh(model, mesh)
+    if shape is not None:
+        name, model = shape, models.Transformer(shapes()[shape], jax.random.key(0), dtype)
     else:
-        name, config = arguments.shape, shapes()[arguments.shape]
-        model = models.random_model(config, mesh, key=jax.random.key(0), dtype=DTYPES[dtype])
+        name = model_name(arguments.model)
+        model = models.load(name, dtype=dtype, mesh=mesh)
+    model = models.stack_for_decoding(model) if arguments.stacked else model
     return name, model if mesh is None else models.on_mesh(model, mesh)
 
 

@@ -13,9 +13,17 @@ import jax.numpy as jnp
 from pallas_kernels.decoder_stack import loop, mosaic_gpu
 from pallas_kernels.decoder_stack.geometry import MAX_ROWS
 from pallas_kernels.dispatch import Implementation, choose, explain, platform
+from pallas_kernels.partition import parts, per_device
 
+WEIGHTS = {"norm_attn": "D", "wqkv": "DK", "bqkv": "K", "norm_q": "H", "norm_k": "H", "wo": "KD", "norm_mlp": "D"}
+WEIGHTS |= {"w_gate_up": "CDK", "w_down": "KD"}  # on a mesh the MLP is split as heads (K) are
 DECODE = (
-    Implementation(name="mosaic_gpu", refuse=mosaic_gpu.refuse, run=mosaic_gpu.decode_layers),
+    Implementation(
+        name="mosaic_gpu",
+        refuse=mosaic_gpu.refuse,
+        run=per_device("BD BD LBSKH LBSKH B", weights=WEIGHTS)(mosaic_gpu.decode_layers),
+        splits=True,
+    ),
     Implementation(name="loop", refuse=loop.refuse, run=loop.decode_layers),
 )
 
@@ -30,7 +38,7 @@ class DecoderWeights:
         wqkv: ``[L, D, K*(G+2)*H]``: of each key/value head its G queries, its key and its value, H features each.
             One axis, as several would be padded on a TPU.
         wo: ``[L, K*G*H, D]``.
-        w_gate_up: ``[L, D, 2*F]``, the gate first.
+        w_gate_up: ``[L, 2, D, F]``, the gate first.
         w_down: ``[L, F, D]``.
         bqkv: ``[L, K*(G+2)*H]`` or ``None``.
         norm_q, norm_k: ``[L, H]``, norms of each head before rotation, or ``None``.
@@ -91,6 +99,8 @@ def decode_layers(
     the layer that ran last exceeds it; it keeps its state from then on. Keys and values of entries that others still
     run are projected from that state (CALM's propagation), and with ``fill`` also those of the entries that nobody
     runs. Reads every weight and every live cache slot of the entries that run once. Exact when no sequence ends early.
+    On a mesh (:mod:`pallas_kernels.partition`) the kernel runs on each device with its heads and its part of the MLP,
+    and the devices that share a layer add up what its two projections to the states give, twice a layer.
 
     Args:
         positions_B: position of each token, the slot its keys and values go to; slots below it are read.
@@ -158,7 +168,7 @@ def explain_decode(
         wqkv=shape((1, d_model, kv_heads * (group + 2) * head_dim), dtype),
         wo=shape((1, kv_heads * group * head_dim, d_model), dtype),
         norm_mlp=shape((1, d_model), dtype),
-        w_gate_up=shape((1, d_model, 2 * d_ff), dtype),
+        w_gate_up=shape((1, 2, d_model, d_ff), dtype),
         w_down=shape((1, d_ff, d_model), dtype),
     )
     cache = shape((1, batch, capacity, kv_heads, head_dim), dtype)
@@ -170,6 +180,7 @@ def _facts(x_BD, weights, k_LBSKH) -> dict:
     return {
         "platform": platform(),
         "dtypes": {jnp.dtype(leaf.dtype) for leaf in (x_BD, k_LBSKH, *jax.tree.leaves(weights))},
+        "parts": parts(),
         "sizes": {
             "layers": layers,
             "d_model": x_BD.shape[1],
@@ -202,7 +213,7 @@ def _check(x_BD, weights, k_LBSKH, v_LBSKH, order_M, window) -> None:
         "wqkv": (layers, d_model, queries + 2 * keys),
         "wo": (layers, queries, d_model),
         "norm_mlp": (layers, d_model),
-        "w_gate_up": (layers, d_model, 2 * d_ff),
+        "w_gate_up": (layers, 2, d_model, d_ff),
         "w_down": (layers, d_ff, d_model),
         "bqkv": (layers, queries + 2 * keys),
         "norm_q": (layers, head_dim),

@@ -4,9 +4,16 @@ A fence and a semaphore would cost several trips through a memory system that is
 Here a slot holds ``EMPTY_BITS`` until it is written, a NaN that no arithmetic gives, and the reader asks until nothing
 of that is left; it then empties the slot for the next writer, which a barrier over all blocks must separate from it.
 Every number is written, asked for and emptied by one thread each, so none can be torn or missed.
+
+Devices hand each other tiles in the same way, in two sets of slots by turns. A device writes to a slot again after it
+has taken what the other sent in between, which that one sent behind a barrier over its blocks after it had emptied the
+slot: that is order enough.
 """
 
+import functools
+
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
@@ -29,15 +36,23 @@ def put(ref, tiles):
         ref[i] = tile
 
 
-def take(refs):
+def send(ref, tiles, device):
+    """Write one tile ``[64, rows]`` to each tile of the slot ``[tiles, 64, rows]`` of a device of the mesh."""
+    for i, tile in enumerate(tiles):
+        there = plgpu.remote_ref(ref.at[i], device, pl.DeviceIdType.LOGICAL)
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))(_send)(there, tile)
+
+
+def take(refs, *, scope="gpu"):
     """Return the tiles of slots ``[tiles, 64, rows]``, a list for each slot, once all are written, and empty the slots.
 
-    A slot may be given several times.
+    A slot may be given several times. ``scope`` is ``"sys"`` where other devices write.
     """
     count, _, rows = refs[0].shape
     tiles = [ref.at[i] for ref in refs for i in range(count)]
     returned = [plgpu.ShapeDtypeStruct((64, rows), F32, layout=TILE)] * len(tiles)
-    found = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(tiles), return_type=returned)(_take)(*tiles)
+    read = functools.partial(_take, scope)
+    found = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(tiles), return_type=returned)(read)(*tiles)
     return [found[i : i + count] for i in range(0, len(found), count)]
 
 
@@ -72,7 +87,14 @@ def _warm(ctx, ref):
         mgpu.utils.inline_ptx("prefetch.global.L2 [$0];", address, has_side_effects=True)
 
 
-def _take(ctx, *refs):
+def _send(ctx, ref, tile):
+    i64 = ir.IntegerType.get_signless(64)
+    for address, pair in zip(_addresses(ref)[1], tile.registers.flat, strict=True):
+        bits = mgpu.utils.bitcast(pair, i64)
+        mgpu.utils.inline_ptx("st.relaxed.sys.global.b64 [$0], $1;", address, bits, has_side_effects=True)
+
+
+def _take(scope, ctx, *refs):
     i32 = ir.IntegerType.get_signless(32)
     unwritten = mgpu.c(EMPTY_BITS - 2**32, i32)
     places = [_addresses(ref) for ref in refs]
@@ -83,7 +105,10 @@ def _take(ctx, *refs):
         loaded, missing = [], mgpu.c(0, ir.IntegerType.get_signless(1))
         for address in addresses:
             loaded += mgpu.utils.inline_ptx(
-                "ld.relaxed.gpu.global.v2.b32 {$0, $1}, [$2];", address, result_types=[i32, i32], has_side_effects=True
+                f"ld.relaxed.{scope}.global.v2.b32 {{$0, $1}}, [$2];",
+                address,
+                result_types=[i32, i32],
+                has_side_effects=True,
             )
         for bits in loaded:
             missing = arith.ori(missing, arith.cmpi(arith.CmpIPredicate.eq, bits, unwritten))

@@ -23,6 +23,7 @@ class Geometry:
         batch: sequences; ``capacity`` cache slots of each.
         blocks: thread blocks that run at once, one a multiprocessor.
         in_flight: units that are being read at once; more would only lengthen every other trip through memory.
+        peers: devices that share a layer; ``d_ff`` and ``kv_heads`` are those of one of them.
     """
 
     layers: int
@@ -35,6 +36,7 @@ class Geometry:
     capacity: int
     blocks: int
     in_flight: int = 2
+    peers: int = 1
 
     @property
     def rows(self) -> int:
@@ -96,6 +98,11 @@ class Geometry:
     def together(self) -> int:
         """Other blocks' parts of a tile that are asked for at once; more take registers, and time."""
         return {8: 4, 16: 3, 32: 2, 64: 1}[self.rows]
+
+    @property
+    def inbox(self) -> tuple[int, ...]:
+        """Shape of what devices send each other: of output and down projection, by sender, halves of tiles."""
+        return (2, self.peers, self.tiles, 2, 64, self.rows) if self.peers > 1 else (1,)
 
     @property
     def splits_together(self) -> int:

@@ -10,21 +10,29 @@ barrier over all blocks, whose wait the ring hides in part.
 Activations live in global memory, features along the last axis for the tensor cores and, for the residual stream, along
 the first: an accumulator holds 64 features by all rows. RMS norms are applied after the product, which commutes with
 scaling rows. Partial sums are added in the order of their blocks, so that results do not depend on timing.
+
+Devices that share a layer, each with its heads and its part of the MLP, run the same kernel on the same states. What a
+device's output and down projection give is sent to the others tile by tile and added in the order of the devices
+(:meth:`Worker.add_devices`), so that all go on with the same numbers: nothing else is ever sent.
 """
 
 import functools
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decoder_stack.exchange import EMPTY_BITS
 from pallas_kernels.decoder_stack.geometry import PHASES, UNIT, Geometry, refuse_geometry
 from pallas_kernels.decoder_stack.tiles import divide, fill_tile, fill_units
 from pallas_kernels.decoder_stack.worker import Worker
+from pallas_kernels.partition import sharing
 
 NEEDED_JAX = (0, 11, 2)
 OUTPUTS = (
@@ -42,18 +50,31 @@ OUTPUTS = (
 )
 
 
-def refuse(*, platform: str, dtypes: set, sizes: dict, **facts: Any) -> str | None:
+def refuse(*, platform: str, dtypes: set, sizes: dict, parts: dict, **facts: Any) -> str | None:
     """Return why the kernel cannot serve, or ``None``."""
     if platform != "gpu":
         return f"runs on NVIDIA GPUs, not on {platform}"
     if NEEDED_JAX > jax.__version_info__:
         return f"needs jax {'.'.join(map(str, NEEDED_JAX))}, got {jax.__version__}"
-    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
+    device, peers = jax.local_devices()[0], parts["heads"]
+    capability = getattr(device, "compute_capability", "unknown")
     if capability != "9.0":
         return f"needs a Hopper GPU (compute capability 9.0), got {capability}"
     if dtypes != {jnp.dtype(jnp.bfloat16)}:
         return f"needs weights, states and cache in bfloat16, got {', '.join(sorted(map(str, dtypes)))}"
-    return refuse_geometry(Geometry(**sizes, blocks=jax.devices()[0].core_count))
+    if parts["width"] > 1:
+        return f"needs whole rows of weights on each device, got a mesh that splits them in {parts['width']}"
+    if sizes["kv_heads"] % peers or sizes["d_ff"] % peers:
+        return (
+            f"needs key/value heads and d_ff that divide by the {peers} devices that share them, got "
+            f"{sizes['kv_heads']} and {sizes['d_ff']}"
+        )
+    if peers > 1 and jax.process_count() > 1:
+        return f"needs devices of one process to share layers, got {jax.process_count()} processes"
+    sizes = sizes | {"kv_heads": sizes["kv_heads"] // peers, "d_ff": sizes["d_ff"] // peers, "peers": peers}
+    if sizes["batch"] % parts["batch"] == 0:
+        sizes["batch"] //= parts["batch"]
+    return refuse_geometry(Geometry(**sizes, blocks=device.core_count))
 
 
 def decode_layers(
@@ -77,6 +98,7 @@ def decode_layers(
 ):
     """See :func:`pallas_kernels.decoder_stack.decode_layers`; ``blocks`` is one for each multiprocessor by default."""
     layers, batch, capacity, kv_heads, head_dim = k_LBSKH.shape
+    mesh, axes = sharing() or (None, ())
     g = Geometry(
         layers=layers,
         d_model=x_BD.shape[1],
@@ -86,7 +108,8 @@ def decode_layers(
         head_dim=head_dim,
         batch=batch,
         capacity=capacity,
-        blocks=jax.devices()[0].core_count if blocks is None else blocks,
+        blocks=jax.local_devices()[0].core_count if blocks is None else blocks,
+        peers=math.prod(mesh.shape[axis] for axis in axes),
     )
     pad_rows = lambda x: jnp.pad(x, [(0, g.rows - batch)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
     x = pad_rows(x_BD)
@@ -120,6 +143,7 @@ def decode_layers(
         "first_sums": jnp.zeros((g.padded_tiles, g.rows), jnp.float32).at[0].set(squares),
         "k_cache": jax.new_ref(k_LBSKH),
         "v_cache": jax.new_ref(v_LBSKH),
+        "inbox": jax.new_ref(jnp.full(g.inbox, EMPTY_BITS - 2**32, jnp.int32)),
     }
     kernel = build(
         g,
@@ -129,6 +153,8 @@ def decode_layers(
         window=window,
         bias=weights.bqkv is not None,
         qk_norm=weights.norm_q is not None,
+        mesh=mesh,
+        axes=axes,
     )
     results = dict(zip(OUTPUTS, kernel(*[values[name] for name in INPUTS]), strict=True))
     ran_B = planned_B if threshold is None else jnp.minimum(results["ended"][:batch], planned_B)
@@ -136,12 +162,14 @@ def decode_layers(
     return x_BD, before_BD, jax.freeze(values["k_cache"]), jax.freeze(values["v_cache"]), ran_B
 
 
-def build(g: Geometry, *, eps: float, rule: bool, fill: bool, window: int | None, bias: bool, qk_norm: bool):
+def build(g: Geometry, *, fill: bool, **static: Any):
     """Return the kernel for one geometry; its arguments are those of :func:`_body`, each an array.
 
     Args:
-        rule: whether rows leave when the cosine of the states before and after a layer exceeds a threshold.
         fill: whether layers after the last one that ran store keys and values of the final states.
+        static: ``eps``; ``rule``, whether rows leave when the cosine of the states before and after a layer exceeds a
+            threshold; ``window``; ``bias`` and ``qk_norm``, which weights there are; ``mesh`` and ``axes``, whose
+            devices share a layer.
     """
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     dtype, f32 = jnp.bfloat16, jnp.float32
@@ -180,7 +208,7 @@ def build(g: Geometry, *, eps: float, rule: bool, fill: bool, window: int | None
     }
     if g.blocks == 1:
         scratch["phase"] = plgpu.Barrier()
-    static = SimpleNamespace(eps=eps, rule=rule, fill=fill, window=window, bias=bias, qk_norm=qk_norm)
+    static = SimpleNamespace(fill=fill, **static)
     return plgpu.kernel(
         functools.partial(_body, g, static),
         out_type=list(outputs.values()),
@@ -208,7 +236,7 @@ INPUTS = (
     "norm_k",  # [L, H]
     "wo",  # [L, KGH, D]
     "norm_mlp",
-    "w_gate_up",  # [L, D, 2F]
+    "w_gate_up",  # [L, 2, D, F]
     "w_down",  # [L, F, D]
     "cos",
     "sin",  # float32 [H/2, rows]
@@ -217,6 +245,7 @@ INPUTS = (
     "first_sums",  # float32 [padded tiles, rows]: squares of x
     "k_cache",
     "v_cache",  # [L, B, S, K, H], changed in place
+    "inbox",  # int32 [out or down, sender, tile, half, 64, rows], bits of float32, from the devices that share a layer
 )
 
 
@@ -224,10 +253,22 @@ def _body(g: Geometry, static: SimpleNamespace, *refs, **scratch):
     names = INPUTS + OUTPUTS
     r = SimpleNamespace(**dict(zip(names, refs, strict=True)), **scratch)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    if g.peers > 1:
+        static = SimpleNamespace(**vars(static), devices=_devices(static.mesh, static.axes))
     grid = _Grid(g, r, static, block)
     pl.when(warpgroup == 1)(lambda: _stream(g, r, static, grid, block))
     pl.when(warpgroup == 2)(lambda: _feed(g, r, static, grid, block))
     pl.when(warpgroup == 0)(lambda: Worker(g, r, static, grid, block).run())
+
+
+def _devices(mesh, axes):
+    """Return this device's place among those that share its layers, and the numbers of all of them in the mesh."""
+    sizes = [mesh.shape[axis] for axis in axes]
+    strides = {axis: math.prod(mesh.axis_sizes[i + 1 :]) for i, axis in enumerate(mesh.axis_names)}
+    rank = sum(lax.axis_index(axis) * math.prod(sizes[i + 1 :]) for i, axis in enumerate(axes))
+    others = sum(lax.axis_index(axis) * stride for axis, stride in strides.items() if axis not in axes)
+    places = [sum(place * strides[axis] for place, axis in zip(at, axes, strict=True)) for at in np.ndindex(*sizes)]
+    return rank, [jnp.int32(others + place) for place in places]
 
 
 class _Grid:
@@ -308,7 +349,7 @@ def _stream(g, r, static, grid, block):
         tile, k = divide(unit, g.products[name][1])
         rows = pl.ds(k * UNIT, UNIT)
         if name == "gate_up":
-            return [r.w_gate_up.at[layer, rows, pl.ds(i * g.d_ff + tile * 64, 64)] for i in (0, 1)]
+            return [r.w_gate_up.at[layer, i, rows, pl.ds(tile * 64, 64)] for i in (0, 1)]
         weights = {"qkv": r.wqkv, "out": r.wo, "down": r.w_down}[name]
         return [weights.at[layer, rows, pl.ds(tile * 128 + i * 64, 64)] for i in (0, 1)]
 

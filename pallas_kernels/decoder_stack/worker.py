@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decoder_stack.exchange import empty, put, take, warm
+from pallas_kernels.decoder_stack.exchange import empty, put, send, take, warm
 from pallas_kernels.decoder_stack.geometry import PHASES, UNIT
 from pallas_kernels.decoder_stack.heads import Attention
 from pallas_kernels.decoder_stack.tiles import (
@@ -305,14 +305,31 @@ class Worker(Attention):
             begun.append((load(r.stream, (features,)), load(norm, (layer, features), FEATURES), before))
         return begun
 
+    def add_devices(self, at, which, low, high):
+        """Add the sums of a tile of all devices that share the layer, in their order, one's own among them."""
+        g, r = self.g, self.r
+        if g.peers == 1:
+            return low, high
+        rank, devices = self.static.devices
+        for device in devices:
+            send(r.inbox.at[which, rank, at[1]], (low, high), device)
+        for first in range(0, g.peers, g.together):
+            senders = range(first, min(first + g.together, g.peers))
+            parts = take([r.inbox.at[which, sender, at[1]] for sender in senders], scope="sys")
+            if first == 0:
+                (low, high), *parts = parts
+            for part in parts:
+                low, high = low + part[0], high + part[1]
+        return low, high
+
     def finish_out(self, at, begun, low, high):
-        news = self.add_residual(at, begun, low, high, MIDDLE)
+        news = self.add_residual(at, begun, *self.add_devices(at, 0, low, high), MIDDLE)
         for i, (old, _, _) in enumerate(begun):
             self.r.layer_input[pl.ds(at[1] * 128 + i * 64, 64)] = old
         self.put_residual(at, news)
 
     def finish_down(self, at, begun, low, high):
-        news = self.add_residual(at, begun, low, high, INPUT)
+        news = self.add_residual(at, begun, *self.add_devices(at, 1, low, high), INPUT)
         if self.static.rule:
             befores = [before for _, _, before in begun]
             self.put_sum(DOT, at[1], news, befores)

@@ -7,8 +7,9 @@ computed in float32 and rounded to the dtype of x, products are accumulated in f
 and a bias or residual is added in that dtype. A layer index outside ``[0, L)`` is clamped into it.
 
 Layouts on a TPU: several produced axes, such as ``[K, G+2, H]``, are tiled in ways that depend on their sizes, and are
-copied before use. The kernel refuses them; flatten such weights once, when layers are stacked. XLA alone reads flat
-stacks in place on some TPUs (v5e, v5p, v6e, not tpu7x), and copies the layer's ``[D, 2, F]`` on all of them.
+copied before use. The kernel refuses them; flatten such weights once, when layers are stacked, and put gate and up
+before the contracted axis, where each can also be split among devices. XLA alone reads flat stacks in place on some
+TPUs (v5e, v5p, v6e, not tpu7x).
 """
 
 import math
@@ -68,7 +69,7 @@ def norm_project(
     _check_shape("norm [L, D]", norm_LD, weights_LDF.shape[:2])
     _check_shape("bias [L, F]", bias_LF, (weights_LDF.shape[0], *weights_LDF.shape[2:]))
     _check_dtypes(x=x_BD, norm=norm_LD, weights=weights_LDF, bias=bias_LF)
-    facts = _facts(x_BD, weights_LDF, implementation, flat=weights_LDF.ndim == 3)
+    facts = _facts(x_BD, math.prod(weights_LDF.shape[2:]), implementation, flat=weights_LDF.ndim == 3)
     chosen = choose("norm_project", NORM_PROJECT, implementation, **facts)
     return chosen.run(x_BD, norm_LD, weights_LDF, index, eps=eps, bias_LF=bias_LF)
 
@@ -101,7 +102,7 @@ def project_add(
     _check_weights(x_BF, weights_LFD, weights_LFD.ndim == 3, "[L, F, D]")
     _check_shape("residual [B, D]", residual_BD, (x_BF.shape[0], weights_LFD.shape[2]))
     _check_dtypes(x=x_BF, weights=weights_LFD, residual=residual_BD)
-    facts = _facts(x_BF, weights_LFD, implementation)
+    facts = _facts(x_BF, weights_LFD.shape[2], implementation)
     chosen = choose("project_add", PROJECT_ADD, implementation, **facts)
     return chosen.run(x_BF, weights_LFD, residual_BD, index)
 
@@ -109,7 +110,7 @@ def project_add(
 def norm_gate_up(
     x_BD: jax.Array,
     norm_LD: jax.Array,
-    weights_LDCF: jax.Array,
+    weights_LCDF: jax.Array,
     layer: jax.Array | int,
     *,
     eps: float,
@@ -121,8 +122,7 @@ def norm_gate_up(
 
     Args:
         norm_LD: scales of the norm.
-        weights_LDCF: ``[L, D, 2, F]``, gate before up, or the same flattened to ``[L, D, 2F]``. Both are read in
-            place; a TPU takes half to a third of the instructions for the flat form.
+        weights_LCDF: ``[L, 2, D, F]``, gate before up.
         layer: index of the layer, a traced or concrete integer; clamped into ``[0, L)``.
         eps: added to the mean square.
         implementation: as for :func:`norm_project`.
@@ -134,15 +134,14 @@ def norm_gate_up(
         ValueError: if shapes or dtypes do not match, or ``layer`` is not one integer.
         NotImplementedError: if the requested implementation cannot serve.
     """
-    index = _index(layer, weights_LDCF)
-    shape = weights_LDCF.shape
-    pairs = shape[2] % 2 == 0 if len(shape) == 3 else len(shape) == 4 and shape[2] == 2
-    _check_weights(x_BD, weights_LDCF, pairs, "[L, D, 2, F] or [L, D, 2F]")
-    _check_shape("norm [L, D]", norm_LD, shape[:2])
-    _check_dtypes(x=x_BD, norm=norm_LD, weights=weights_LDCF)
-    facts = _facts(x_BD, weights_LDCF, implementation, matrices=2)
+    index = _index(layer, weights_LCDF)
+    shape = weights_LCDF.shape
+    _check_weights(x_BD, weights_LCDF, len(shape) == 4 and shape[1] == 2, "[L, 2, D, F]", contracted=2)
+    _check_shape("norm [L, D]", norm_LD, (shape[0], shape[2]))
+    _check_dtypes(x=x_BD, norm=norm_LD, weights=weights_LCDF)
+    facts = _facts(x_BD, shape[3], implementation, matrices=2)
     chosen = choose("norm_gate_up", NORM_GATE_UP, implementation, **facts)
-    return chosen.run(x_BD, norm_LD, weights_LDCF, index, eps=eps)
+    return chosen.run(x_BD, norm_LD, weights_LCDF, index, eps=eps)
 
 
 def explain_layer_products(
@@ -160,14 +159,14 @@ def explain_layer_products(
     }
 
 
-def _facts(x_BD, weights, implementation, *, matrices=1, flat=True) -> dict:
+def _facts(x_BD, columns, implementation, *, matrices=1, flat=True) -> dict:
     return {
         "platform": platform(),
         "named": implementation is not None,
         "dtype": x_BD.dtype,
         "rows": x_BD.shape[0],
         "contraction": x_BD.shape[1],
-        "columns": math.prod(weights.shape[2:]) // matrices,
+        "columns": columns,
         "matrices": matrices,
         "flat": flat,
     }
@@ -186,8 +185,8 @@ def _index(layer: jax.Array | int, weights: jax.Array) -> jax.Array:
     return jnp.clip(index, 0, min(weights.shape[0] - 1, jnp.iinfo(index.dtype).max)).astype(jnp.int32)
 
 
-def _check_weights(x: jax.Array, weights: jax.Array, fits: bool, shape: str) -> None:
-    if x.ndim != 2 or not fits or x.shape[1] != weights.shape[1]:
+def _check_weights(x: jax.Array, weights: jax.Array, fits: bool, shape: str, contracted: int = 1) -> None:
+    if x.ndim != 2 or not fits or x.shape[1] != weights.shape[contracted]:
         raise ValueError(
             f"expected x [B, D], one token of each sequence, and weights {shape}, with one contracted size, "
             f"got x {x.shape} and weights {weights.shape}; reshape them"

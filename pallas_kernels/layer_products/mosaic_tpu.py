@@ -71,9 +71,9 @@ def project_add(x_BF, weights_LFD, residual_BD, layer):
     return _call(x_BF, weights_LFD, layer, residual=residual_BD)
 
 
-def norm_gate_up(x_BD, norm_LD, weights_LDCF, layer, *, eps):
+def norm_gate_up(x_BD, norm_LD, weights_LCDF, layer, *, eps):
     """See :func:`pallas_kernels.layer_products.norm_gate_up`."""
-    return _call(x_BD, weights_LDCF, layer, norm=norm_LD, eps=eps, matrices=2)
+    return _call(x_BD, weights_LCDF, layer, norm=norm_LD, eps=eps)
 
 
 def _blocks(rows: int, contraction: int, columns: int, matrices: int, itemsize: int) -> tuple[int, int] | None:
@@ -97,22 +97,21 @@ def _blocks(rows: int, contraction: int, columns: int, matrices: int, itemsize: 
     return max(pairs, key=lambda pair: (pair[0] * pair[1], -abs(pair[1] - 512)), default=None)
 
 
-def _call(x, weights, layer, *, norm=None, eps=0.0, bias=None, residual=None, matrices=1):
-    """Build and run the kernel; ``weights`` is ``[L, D, F]``, ``[L, D, 2F]`` or ``[L, D, 2, F]``."""
+def _call(x, weights, layer, *, norm=None, eps=0.0, bias=None, residual=None):
+    """Build and run the kernel; ``weights`` is ``[L, D, F]`` or ``[L, 2, D, F]``."""
     rows, contraction = x.shape
-    num_layers, columns = weights.shape[0], math.prod(weights.shape[2:]) // matrices
+    num_layers, columns, matrices = weights.shape[0], weights.shape[-1], weights.ndim - 2
     itemsize = x.dtype.itemsize
     k, n = _blocks(rows, contraction, columns, matrices, itemsize)
     tile = min(_sublanes(itemsize), num_layers)
     per_matrix = columns // n
 
     inputs = [("x", x, (rows, contraction), lambda j, i, layer: (0, 0))]
-    if weights.ndim == 4:
-        inputs.append(("pair", weights, (None, k, 2, n), lambda j, i, layer: (layer[0], i, 0, j)))
+    if matrices == 2:
+        inputs.append(("first", weights, (None, None, k, n), lambda j, i, layer: (layer[0], 0, i, j)))
+        inputs.append(("second", weights, (None, None, k, n), lambda j, i, layer: (layer[0], 1, i, j)))
     else:
         inputs.append(("first", weights, (None, k, n), lambda j, i, layer: (layer[0], i, j)))
-    if weights.ndim == 3 and matrices == 2:
-        inputs.append(("second", weights, (None, k, n), lambda j, i, layer: (layer[0], i, j + per_matrix)))
     if norm is not None:
         inputs.append(("norm", norm, (tile, contraction), lambda j, i, layer: (lax.div(layer[0], tile), 0)))
     if bias is not None:
@@ -166,11 +165,7 @@ def _kernel(layer_ref, *refs, names, eps, k, matrices):
     if normed:
         scale = _row(r.norm[:, at], layer_ref[0])
         x = (x.astype(jnp.float32) * scale_ref[:, :1] * scale).astype(x.dtype)
-    if "pair" in names:
-        weights = jnp.swapaxes(r.pair[...], 0, 1)  # slicing out gate and up takes three times the instructions
-        weights = [weights[0], weights[1]]
-    else:
-        weights = [r.first[...], r.second[...]] if matrices == 2 else [r.first[...]]
+    weights = [r.first[...], r.second[...]] if matrices == 2 else [r.first[...]]
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     for i, matrix in enumerate(weights):
         total_ref[i] += jnp.dot(x, matrix, precision=precision, preferred_element_type=jnp.float32)

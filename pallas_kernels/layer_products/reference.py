@@ -23,15 +23,20 @@ def project_add(x_BF, weights_LFD, residual_BD, layer):
     return residual_BD + _product(x_BF, _take(weights_LFD, layer))
 
 
-def norm_gate_up(x_BD, norm_LD, weights_LDCF, layer, *, eps):
+def norm_gate_up(x_BD, norm_LD, weights_LCDF, layer, *, eps):
     """See :func:`pallas_kernels.layer_products.norm_gate_up`."""
-    out = _product(_norm(x_BD, _take(norm_LD, layer), eps), _take(weights_LDCF, layer))
-    hidden_BCF = out.reshape(x_BD.shape[0], 2, -1)
-    return jax.nn.silu(hidden_BCF[:, 0]) * hidden_BCF[:, 1]
+    normed_BD = _norm(x_BD, _take(norm_LD, layer), eps)
+    gate_BF, up_BF = (_product(normed_BD, _take_part(weights_LCDF, layer, part)) for part in (0, 1))
+    return jax.nn.silu(gate_BF) * up_BF
 
 
 def _take(stacked, layer):
     return lax.dynamic_index_in_dim(stacked, layer, 0, keepdims=False)
+
+
+def _take_part(stacked, layer, part):
+    """Return one matrix ``[D, F]`` of a layer's two; where both were taken out first, both would be copied."""
+    return lax.dynamic_slice(stacked, (layer, part, 0, 0), (1, 1, *stacked.shape[2:])).reshape(stacked.shape[2:])
 
 
 def _norm(x_BD, scale_D, eps):

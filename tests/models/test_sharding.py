@@ -71,7 +71,7 @@ def test_stacked_parameters_lie_as_those_of_layers_do(config):
     assert joined["layers.stack.wqkv"] == P(None, ("fsdp",), ("tensor",))
     assert joined["layers.stack.bqkv"] == P(None, ("tensor",))
     assert joined["layers.stack.wo"] == P(None, ("tensor",), ("fsdp",))
-    assert joined["layers.stack.w_gate_up"] == P(None, ("fsdp",), None)  # gate and up are one axis there
+    assert joined["layers.stack.w_gate_up"] == P(None, None, ("fsdp",), ("tensor",))
     assert joined["layers.stack.w_down"] == stacked["layers.w_down"]
 
 

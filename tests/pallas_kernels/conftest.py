@@ -43,7 +43,7 @@ class StackCase:
             norm_k=draw(layers, self.head_dim, offset=1.0) if self.qk_norm else None,
             wo=draw(layers, keys * self.group, self.d_model),
             norm_mlp=draw(layers, self.d_model, offset=1.0),
-            w_gate_up=draw(layers, self.d_model, 2 * self.d_ff),
+            w_gate_up=draw(layers, 2, self.d_model, self.d_ff),
             w_down=draw(layers, self.d_ff, self.d_model),
         )
         shape = (layers, batch, self.capacity, self.kv_heads, self.head_dim)

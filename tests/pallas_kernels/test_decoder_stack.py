@@ -58,7 +58,7 @@ def oracle(x, weights, k, v, positions, order, planned, frequencies, *, threshol
             attended = np.einsum("kgs,skh->kgh", probs / probs.sum(-1, keepdims=True), values)
             before = state
             state = state + attended.reshape(-1) @ w["wo"][layer]
-            gate, up = np.split(norm(state, w["norm_mlp"][layer]) @ w["w_gate_up"][layer], 2)
+            gate, up = norm(state, w["norm_mlp"][layer]) @ w["w_gate_up"][layer]
             state = state + (gate / (1 + np.exp(-gate)) * up) @ w["w_down"][layer]
         x[b] = state
         ran.append(len(order) if stopped is None else stopped)

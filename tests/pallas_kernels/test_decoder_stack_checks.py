@@ -1,15 +1,21 @@
 """What the decoder stack refuses and clamps, how its kernel divides the work, and that it lowers for a Hopper GPU."""
 
+import contextlib
 import dataclasses
 import functools
+import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from pallas_kernels import decoder_stack
 from pallas_kernels.decoder_stack import DecoderWeights, decode_layers, explain_decode, mosaic_gpu
 from pallas_kernels.decoder_stack.geometry import Geometry, refuse_geometry
+from pallas_kernels.partition import partitioned
 
 EPS = 1e-5
 needs_interpreter = pytest.mark.skipif(
@@ -23,7 +29,7 @@ needs_interpreter = pytest.mark.skipif(
         ({"x": (65, 128)}, "1 to 64 sequences"),
         ({"k": (3, 2, 136, 1, 64)}, r"expected a cache of k, v"),
         ({"wo": (3, 384, 128)}, r"expected wqkv of shape \(3, 128, 640\)"),
-        ({"w_down": (3, 255, 128)}, r"expected w_gate_up of shape \(3, 128, 510\)"),
+        ({"w_down": (3, 255, 128)}, r"expected w_gate_up of shape \(3, 2, 128, 255\)"),
         ({"positions": (3,)}, r"expected positions \[B\] of shape \(2,\), got \(3,\)"),
         ({"order": ()}, r"expected an order \[M\]"),
         ({"window": 0}, "window of at least 1"),
@@ -128,38 +134,74 @@ def test_dispatch_names_a_reason_away_from_a_gpu():
 
 
 @needs_interpreter
-@pytest.mark.parametrize("batch", [8, pytest.param(64, marks=pytest.mark.slow)])
-def test_the_kernel_lowers_for_a_hopper_gpu(batch):
+@pytest.mark.parametrize(
+    ("batch", "axes"),
+    [
+        pytest.param(8, {}, marks=pytest.mark.slow),
+        pytest.param(64, {}, marks=pytest.mark.slow),
+        (8, {"data": 2, "tensor": 2}),
+        pytest.param(8, {"tensor": 8}, marks=pytest.mark.slow),
+    ],
+    ids=["8", "64", "2x2", "1x8"],
+)
+def test_the_kernel_lowers_for_hopper_gpus(monkeypatch, batch, axes):
     """Shared memory, layouts and transfers are checked while lowering; the machine code is not."""
-    g, dtype = llama_8b(batch), jnp.bfloat16
-    shape = jax.ShapeDtypeStruct
+    dtype, shape = jnp.bfloat16, jax.ShapeDtypeStruct
     weights = DecoderWeights(
         norm_attn=shape((32, 4096), dtype),
         wqkv=shape((32, 4096, 6144), dtype),
         wo=shape((32, 4096, 4096), dtype),
         norm_mlp=shape((32, 4096), dtype),
-        w_gate_up=shape((32, 4096, 28672), dtype),
+        w_gate_up=shape((32, 2, 4096, 14336), dtype),
         w_down=shape((32, 14336, 4096), dtype),
     )
-    cache = shape((32, batch, g.capacity, 8, 128), dtype)
+    cache = shape((32, batch, 2048, 8, 128), dtype)
     leaves, tree = jax.tree.flatten((shape((batch, 4096), dtype), weights, cache, cache, shape((batch,), jnp.int32)))
+    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    kinds = (AxisType.Auto,) * len(axes)
+    mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=kinds, abstract_device=device)
+    one = SimpleNamespace(compute_capability="9.0", core_count=132)
+    monkeypatch.setattr(jax, "local_devices", lambda: [one])
+    monkeypatch.setattr(decoder_stack, "platform", lambda: "gpu")
 
     def step(*leaves):
-        return mosaic_gpu.decode_layers(
-            *jax.tree.unflatten(tree, leaves),
-            order_M=jnp.arange(32),
-            length=jnp.int32(32),
-            planned_B=jnp.full(batch, 32),
-            live_B=jnp.ones(batch, bool),
-            asked_M=jnp.ones(32, bool),
-            frequencies=jnp.ones(64),
-            eps=EPS,
-            threshold=0.9,
-            fill=True,
-            window=None,
-            blocks=g.blocks,
-        )
+        data = ["data"] if "data" in axes else []
+        with partitioned(mesh, batch=data, heads=["tensor"]) if axes else contextlib.nullcontext():
+            return decode_layers(
+                *jax.tree.unflatten(tree, leaves),
+                order_M=jnp.arange(32),
+                planned_B=jnp.full(batch, 32),
+                live_B=jnp.ones(batch, bool),
+                frequencies=jnp.ones(64),
+                eps=EPS,
+                threshold=0.9,
+                implementation="mosaic_gpu",
+            )
 
+    whole = NamedSharding(mesh, PartitionSpec()) if axes else None
+    given = [shape(leaf.shape, leaf.dtype, sharding=whole) for leaf in leaves]
     allowed = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
-    exported = jax.export.export(jax.jit(step), platforms=["cuda"], disabled_checks=allowed)(*leaves)
-    assert "mosaic_gpu" in exported.mlir_module()
+    exported = jax.export.export(jax.jit(step), platforms=["cuda"], disabled_checks=allowed)(*given)
+    assert exported.mlir_module().count("@mosaic_gpu_v2") == 1
+    assert exported.nr_devices == math.prod(axes.values())
+    assert "all_reduce" not in exported.mlir_module()
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 2}, "whole rows of weights on each device, got a mesh that splits them in 2"),
+        ({"heads": 3}, "divide by the 3 devices that share them, got 8 and 14336"),
+        ({"heads": 8, "batch": 3}, None),
+    ],
+    ids=["width", "heads", "fits"],
+)
+def test_a_mesh_that_the_kernel_cannot_serve_has_a_reason(monkeypatch, changes, message):
+    one = SimpleNamespace(compute_capability="9.0", core_count=132)
+    monkeypatch.setattr(jax, "local_devices", lambda: [one])
+    facts = {"platform": "gpu", "dtypes": {jnp.dtype(jnp.bfloat16)}, "parts": {"batch": 1, "heads": 1, "width": 1}}
+    sizes = {"layers": 32, "d_model": 4096, "d_ff": 14336, "kv_heads": 8, "group": 4, "head_dim": 128}
+    facts |= {"parts": facts["parts"] | changes, "sizes": sizes | {"batch": 8, "capacity": 2048}}
+    found = mosaic_gpu.refuse(**facts)
+    assert found is None if message is None else message in found
