@@ -14,8 +14,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from dyninf import models
-from dyninf.cli.common import DTYPES
+from dyninf.cli.bench import shape_model
+from dyninf.cli.common import DTYPES, add_mesh_option, read_mesh
 from dyninf.cli.decoding import decode_steps, random_state
 from dyninf.cli.plan_options import read_plan
 from dyninf.configs.models import shapes
@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--shape", default="tiny", choices=shapes())
     parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
     parser.add_argument("--stacked", action="store_true", help="stack the layers, for the driver indexed")
+    add_mesh_option(parser, "the model, as in tensor=2,")
     parser.add_argument("--plan", default="dense")
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--batch", type=int, default=1)
@@ -36,8 +37,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if jax.default_backend() != "gpu":
         parser.error(f"expected a GPU, whose kernels the profiler names, got {jax.default_backend()}")
-    model = models.Transformer(shapes()[arguments.shape], jax.random.key(0), DTYPES[arguments.dtype])
-    model = models.stack_for_decoding(model) if arguments.stacked else model
+    model = shape_model(arguments.shape, arguments.dtype, read_mesh(arguments.mesh), arguments.stacked)
     plan = read_plan(arguments.plan, arguments.changes, len(model.layers))
     key = jax.random.key(0)
     sizes = {"batch": arguments.batch, "length": arguments.context // 2, "capacity": arguments.context}

@@ -4,7 +4,6 @@ That of decode steps, or the time until a prompt of random tokens has given its 
 """
 
 import argparse
-import dataclasses
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.table import Table
 
 import dyninf
@@ -135,14 +135,7 @@ def _time(model: models.Transformer, plan: dyninf.Plan, batch: int, arguments: a
     def begin() -> dyninf.DecodeState:  # made anew for each run, as two states may not fit in memory
         return random_state(model, plan, batch=batch, length=arguments.filled, capacity=context, key=key)
 
-    def placed() -> dyninf.DecodeState:
-        state = begin()
-        if not isinstance(model, models.MeshModel):
-            return state
-        shardings = models.cache_shardings(state.cache, model.where.mesh)
-        return dataclasses.replace(state, cache=jax.device_put(state.cache, shardings))
-
-    timing = measure(decode, warmup=1, repeats=arguments.repeats, setup=placed)
+    timing = measure(decode, warmup=1, repeats=arguments.repeats, setup=begin)
     timing, means = timing.per(steps), dyninf.summarize(spent[0])
     pages = summary_bytes(jax.eval_shape(begin).cache) * arguments.filled / context
     num_bytes = bytes_per_step(model, means, batch) + pages * means["layers_run"] / len(model.layers)
@@ -185,18 +178,21 @@ def _model(arguments: argparse.Namespace, dtype: str) -> tuple[str, models.Trans
         raise ValueError("expected --model or --shape, got both")
     if arguments.shape is not None and arguments.shape not in shapes():
         raise ValueError(f"expected a shape among {', '.join(shapes())}, got {arguments.shape!r}")
-    mesh, dtype, shape = read_mesh(arguments.mesh), DTYPES[dtype], arguments.shape
-    if shape is not None and mesh is not None:
-        key = jax.random.key(0)
-        model = models.random_model(shapes()[shape], mesh, key=key, dtype=dtype, stacked=arguments.stacked)
-        return shape, models.on_mesh(model, mesh)
-    if shape is not None:
-        name, model = shape, models.Transformer(shapes()[shape], jax.random.key(0), dtype)
-    else:
-        name = model_name(arguments.model)
-        model = models.load(name, dtype=dtype, mesh=mesh)
+    if arguments.shape is not None:
+        return arguments.shape, shape_model(arguments.shape, dtype, read_mesh(arguments.mesh), arguments.stacked)
+    name, mesh = model_name(arguments.model), read_mesh(arguments.mesh)
+    model = models.load(name, dtype=DTYPES[dtype], mesh=mesh)
     model = models.stack_for_decoding(model) if arguments.stacked else model
     return name, model if mesh is None else models.on_mesh(model, mesh)
+
+
+def shape_model(shape: str, dtype: str, mesh: Mesh | None, stacked: bool) -> models.Transformer | models.MeshModel:
+    """Return random weights of a known shape, on a mesh if there is one."""
+    config, key = shapes()[shape], jax.random.key(0)
+    if mesh is not None:
+        return models.on_mesh(models.random_model(config, mesh, key=key, dtype=DTYPES[dtype], stacked=stacked), mesh)
+    model = models.Transformer(config, key, DTYPES[dtype])
+    return models.stack_for_decoding(model) if stacked else model
 
 
 def describe_run(model: models.Transformer) -> dict[str, Any]:

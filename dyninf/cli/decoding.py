@@ -17,7 +17,7 @@ from dyninf.catch_up import Pending, no_pending
 from dyninf.depth_loop import Driver
 from dyninf.kv import ReadAll, TopK
 from dyninf.model import CausalLM, kv_shape, vocab_size
-from dyninf.models import MeshModel
+from dyninf.models import MeshModel, cache_shardings
 from dyninf.own_cache import OwnCache, tree_bytes
 from dyninf.prompt_run import padded_length
 from dyninf.revival import Dropped
@@ -98,7 +98,10 @@ def _prefill(model, tokens, lengths, plan, spec, key, chunk=None):
 def random_state(
     model: CausalLM, plan: dyninf.Plan, *, batch: int, length: int, capacity: int, key: jax.Array
 ) -> dyninf.DecodeState:
-    """Return a state as a prefill of ``length`` tokens would leave it, with random keys, values and tokens."""
+    """Return a state as a prefill of ``length`` tokens would leave it, with random keys, values and tokens.
+
+    On a mesh its cache is laid out as that of a prefill.
+    """
     spec = dyninf.CacheSpec(capacity=capacity)
     tokens, lengths = jnp.zeros((batch, length), jnp.int32), jnp.full(batch, length)
     like = jax.eval_shape(lambda m, p: dyninf.prefill(m, tokens, lengths, p, spec, key)[1], model, plan)
@@ -112,9 +115,12 @@ def random_state(
             else _random_cache(cache, length, layer_key)
             for cache, layer_key in zip(like.cache.layers, keys, strict=True)
         )
+    cache = dyninf.KVCache(layers=layers, length=jnp.full(batch, length, jnp.int32))
+    if isinstance(model, MeshModel):
+        cache = jax.device_put(cache, cache_shardings(cache, model.where.mesh))
     return dyninf.DecodeState(
         token=jax.random.randint(key, (batch,), 0, vocab_size(model)),
-        cache=dyninf.KVCache(layers=layers, length=jnp.full(batch, length, jnp.int32)),
+        cache=cache,
         depth=plan.depth.init((batch, 1)),
         key=jax.random.split(key, batch),
         done=jnp.zeros(batch, bool),

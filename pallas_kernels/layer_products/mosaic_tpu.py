@@ -10,7 +10,6 @@ that holds the layer's, and the others masked out.
 """
 
 import functools
-import math
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The Hopper kernel of the decoder stack on devices that share its layers: against numpy, and each against the others."""
+"""The Hopper kernel of the decoder stack on devices that share its layers: against numpy, and one another."""
 
 import jax
 import jax.numpy as jnp
