@@ -120,7 +120,9 @@ class MeshModel:
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Return the states ``[B, T, D]`` that enter the first layer."""
         tokens_BT = self.where.constrain(tokens_BT, ("batch", "length"))
-        return self.where.constrain(self.model.embed(tokens_BT), _STATES)
+        with _kernels(self.where):
+            x_BTD = self.model.embed(tokens_BT)
+        return self.where.constrain(x_BTD, _STATES)
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
         """Return logits ``[B, T, V]`` of the states of any layer."""
@@ -142,7 +144,7 @@ def on_mesh(model: Any, mesh: Mesh, rules: Rules | None = None) -> MeshModel:
 
 def _kernels(where: Placement) -> contextlib.ContextDecorator:
     """Return the context in which kernels run on each device for its sequences and heads."""
-    axes = {"batch": "batch", "heads": "kv_heads", "length": "length", "width": "embed"}
+    axes = {"batch": "batch", "heads": "kv_heads", "length": "length", "width": "embed", "vocab": "vocab"}
     return partitioned(where.mesh, **{name: where.mesh_axes(axis) for name, axis in axes.items()})
 
 

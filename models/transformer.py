@@ -13,6 +13,7 @@ from flax import nnx
 
 from dyninf.models.config import ModelConfig
 from dyninf.models.layers import INIT_STD, DecoderLayer, rms_norm
+from pallas_kernels.partition import take_rows
 from pallas_kernels.readout import Readout, exit_readout
 
 
@@ -37,7 +38,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Return the embeddings ``[B, T, D]`` of token ids; ids outside the vocabulary are not checked here."""
-        return self.embedding[...][tokens_BT]
+        return take_rows(self.embedding[...], tokens_BT)
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
         """Return float32 logits ``[B, T, V]`` of the states of any layer: final norm, then the vocabulary product."""

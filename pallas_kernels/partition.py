@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels.sequence import attend_part, is_whole_prompt
@@ -27,8 +28,8 @@ from pallas_kernels.sequence import attend_part, is_whole_prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """A mesh, the axes that split sequences, heads, prompts and the width of weights, and whether one device is at
-    hand, or all.
+    """A mesh, the axes that split sequences, heads, prompts, the width of weights and the vocabulary, and whether one
+    device is at hand, or all.
     """
 
     mesh: Mesh
@@ -36,6 +37,7 @@ class Partition:
     heads: tuple[str, ...]
     length: tuple[str, ...] = ()
     width: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ()
     one: bool = False
 
 
@@ -50,13 +52,15 @@ def partitioned(
     heads: Sequence[str] = (),
     length: Sequence[str] = (),
     width: Sequence[str] = (),
+    vocab: Sequence[str] = (),
 ) -> Iterator[None]:
     """Trace what follows for the devices of a mesh.
 
     Args:
-        batch, heads, length, width: its axes that split sequences, heads, tokens of prompts, and the width of weights.
+        batch, heads, length, width, vocab: its axes that split sequences, heads, tokens of prompts, the width of
+            weights, and the vocabulary.
     """
-    axes = {"batch": batch, "heads": heads, "length": length, "width": width}
+    axes = {"batch": batch, "heads": heads, "length": length, "width": width, "vocab": vocab}
     with _within(Partition(mesh=mesh, **{name: tuple(given) for name, given in axes.items()})):
         yield
 
@@ -83,6 +87,35 @@ def sharing() -> tuple[Mesh, tuple[str, ...]] | None:
     """Return the mesh and its axes whose devices share the heads of the marked operation at hand; ``None`` if alone."""
     where = _PARTITION.get()
     return (where.mesh, where.heads) if where is not None and where.one and where.heads else None
+
+
+def take_rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Return the rows ``[B, T, D]`` of an embedding; each device takes what it has of them, and one sum joins them.
+
+    Left to JAX, a single token makes XLA gather the whole table on a GPU, a millisecond for each quarter of a gigabyte.
+    """
+    where = _PARTITION.get()
+    axes = () if where is None or where.one or where.width else where.vocab
+    shares = math.prod(where.mesh.shape[axis] for axis in axes) if axes else 1
+    if shares == 1 or table_VD.shape[0] % shares:
+        return table_VD[tokens_BT]
+    rows = table_VD.shape[0] // shares
+    split = PartitionSpec(
+        *(
+            names if names and size % math.prod(where.mesh.shape[axis] for axis in names) == 0 else None
+            for names, size in zip((where.batch, where.length), tokens_BT.shape, strict=True)
+        )
+    )
+
+    def on_device(mine_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        at_BT = tokens_BT - jax.lax.axis_index(axes) * rows
+        here_BT1 = ((at_BT >= 0) & (at_BT < rows))[..., None]
+        return jax.lax.psum(jnp.where(here_BT1, mine_VD[jnp.clip(at_BT, 0, rows - 1)], 0), axes)
+
+    specs = (PartitionSpec(axes), split)
+    return jax.shard_map(on_device, mesh=where.mesh, in_specs=specs, out_specs=split, check_vma=False)(
+        table_VD, tokens_BT
+    )
 
 
 def parts() -> dict[str, int]:
