@@ -91,8 +91,8 @@ class Geometry:
 
     @property
     def feeds(self) -> int:
-        """Units in the ring of activations."""
-        return {8: 8, 16: 8, 32: 5, 64: 4}[self.rows]
+        """Units in the ring of activations; more query heads leave less room for them."""
+        return {8: (8, 5), 16: (8, 8), 32: (5, 4), 64: (4, 3)}[self.rows][self.head_rows // 8 - 1]
 
     @property
     def together(self) -> int:
