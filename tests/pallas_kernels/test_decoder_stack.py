@@ -113,6 +113,7 @@ CASES = {
     "planned_depths_filled": ({"layers": 4}, (0, 1, 2, 3), (1, 2), {}),
     "a_rule": ({"layers": 4, "positions": (3, 128)}, (0, 1, 2, 3), (4, 4), {"threshold": 0.9}),
     "a_window": ({"positions": (134, 5)}, (0, 1), (2, 2), {"window": 130}),
+    "many_queries": ({"group": 9, "layers": 2}, (0, 1), (2, 2), {}),
 }
 QUICK = ("biases_and_norms", "planned_depths_filled", "a_rule")  # interpreted by default
 
