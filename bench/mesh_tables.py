@@ -1,9 +1,62 @@
-"""The table of what a model takes of each device of a slice, made from the rows of ``bench/mesh_memory.py``."""
+"""The tables of models on several devices: what two GPUs gain and send, what a model takes of each device of a slice."""
 
 from bench.rendering import commits, read_rows, table
 
 # Memory of one device, as the makers state it; a chip of tpu7x is two devices.
 MEMORY_GIB = {"v5p": 95, "v5e": 16, "v6e": 32, "tpu7x": 96}
+
+
+def speed_table() -> str:
+    """Return what a model does on two GPUs, beside one where it fits."""
+    rows = read_rows("mesh_h200")
+    alone = {_case(row): row for row in rows if "mesh" not in row}
+    dense = {(_case(row), row.get("mesh")): row for row in rows if row["plan"] == "dense"}
+    lines = []
+    for row in (row for row in rows if "mesh" in row and row["bench"] == "decode"):
+        one, whole = alone.get(_case(row)), dense[_case(row | {"plan": "dense"}), row["mesh"]]
+        lines.append(
+            [
+                row["model"],
+                "stacked, one kernel" if row["stacked"] else "a list",
+                row["plan"],
+                str(row["batch"]),
+                f"{row['filled']} of {row['context']}",
+                f"{one['tokens_per_s']:.0f}" if one else "does not fit",
+                f"{row['tokens_per_s']:.0f}",
+                f"{one['median_ms'] / row['median_ms']:.2f}x" if one else "",
+                f"{whole['median_ms'] / row['median_ms']:.2f}x",
+            ]
+        )
+    head = ["shape", "layers", "plan", "batch", "cache filled", "tokens/s on one", "on two", "against one"]
+    about = rows[0]
+    prompt = next(row for row in rows if row["bench"] == "prompt")
+    note = (
+        f"\nRandom weights, bfloat16, {about['device']}, `tensor=2`, jax {about['jax']}, {commits(rows)}. A prompt of "
+        f"{prompt['prompt']} tokens at the {prompt['model']} shape, plan `{prompt['plan']}`, {prompt['prefill_chunk']} "
+        f"tokens at a time: first token after {prompt['median_ms'] / 1000:.1f} s.\n"
+    )
+    return table([*head, "against dense"], lines) + note
+
+
+def exchange_table() -> str:
+    """Return what it takes two GPUs to add up a projection, in the kernel of the layers and by XLA."""
+    rows = read_rows("mesh_exchange_h200")
+    names = {"in_kernel": "in the kernel of the layers", "psum": "`jax.lax.psum`, residual and norm by XLA"}
+    sizes = sorted({row["bytes"] for row in rows})
+    lines = [
+        [text, *(f"{row['us']:.1f} us" for row in sorted(_of(rows, name), key=lambda row: row["bytes"]))]
+        for name, text in names.items()
+    ]
+    note = f"\n{rows[0]['shape']}, {rows[0]['device']}, jax {rows[0]['jax']}, {commits(rows)}.\n"
+    return table(["", *(f"{size // 1024} KiB" for size in sizes)], lines) + note
+
+
+def _case(row: dict) -> tuple:
+    return tuple(row.get(name) for name in ("bench", "model", "stacked", "plan", "batch", "context", "filled"))
+
+
+def _of(rows: list[dict], program: str) -> list[dict]:
+    return [row for row in rows if row["program"] == program]
 
 
 def memory_table() -> str:

@@ -106,7 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
         for batch, plan_name in bar.track([(b, p) for b in batches for p in plans], description="timing"):
             timed = time(model, plans[plan_name], batch, arguments)
             rows.append({"bench": bench, "model": name, "plan": plan_name, "dtype": dtype, "batch": batch, **timed})
-    about = describe_run(model) | ({} if arguments.mesh is None else {"mesh": arguments.mesh})
+    about = describe_run(model) | {"stacked": arguments.stacked}
+    about |= {} if arguments.mesh is None else {"mesh": arguments.mesh}
     for row in rows:
         dense = [other for other in rows if other["plan"] == "dense" and other["batch"] == row["batch"]]
         row["speedup"] = dense[0]["median_ms"] / row["median_ms"] if dense else None
