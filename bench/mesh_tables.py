@@ -1,4 +1,4 @@
-"""The tables of models on several devices: what two GPUs gain and send, what a model takes of each device of a slice."""
+"""The tables of models on several devices: what two GPUs gain and send, what a slice's devices hold."""
 
 from bench.rendering import commits, read_rows, table
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dyninf.cli.bench import shape_model
-from dyninf.cli.common import DTYPES, add_mesh_option, read_mesh
+from dyninf.cli.common import DTYPES, add_layout_options, read_mesh
 from dyninf.cli.decoding import decode_steps, random_state
 from dyninf.cli.plan_options import read_plan
 from dyninf.configs.models import shapes
@@ -26,8 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="tiny", choices=shapes())
     parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
-    parser.add_argument("--stacked", action="store_true", help="stack the layers, for the driver indexed")
-    add_mesh_option(parser, "the model, as in tensor=2,")
+    add_layout_options(parser, "the model, as in tensor=2,")
     parser.add_argument("--plan", default="dense")
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--batch", type=int, default=1)

@@ -12,7 +12,7 @@ from dyninf.cli.batch_input import MAX_SEED, Prompts, is_whole
 from dyninf.cli.batch_output import Ledger, Results, header_of
 from dyninf.cli.common import (
     Loaded,
-    add_mesh_option,
+    add_layout_options,
     add_model_options,
     check_output,
     check_positive,
@@ -51,7 +51,7 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--input", metavar="FILE", required=True, help="prompts, one JSON object a line")
     parser.add_argument("--output", metavar="FILE", required=True, help="results, one JSON object a line")
     add_model_options(parser)
-    add_mesh_option(parser, "model and batch, as in tensor=4,data=2,")
+    add_layout_options(parser, "model and batch, as in tensor=4,data=2,")
     add_plan_options(parser, default="exit_confidence")
     parser.add_argument(
         "--max-new-tokens",
@@ -144,7 +144,7 @@ def _run(arguments: argparse.Namespace, prompts: Prompts, results: Ledger, shard
 def _asked(
     arguments: argparse.Namespace, runs: dict[str, Any], prompts: Prompts, shard: tuple[int, int]
 ) -> dict[str, Any]:
-    """Return all that decides what the lines say; batch and mesh do so by rounding only and may be others."""
+    """Return all that decides what the lines say; batch and layout do so by rounding only and may be others."""
     return {
         "input": prompts.sha256,
         "shard": f"{shard[0]}/{shard[1]}",

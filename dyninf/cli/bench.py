@@ -19,7 +19,7 @@ import dyninf
 from dyninf import models
 from dyninf.cli.common import (
     DTYPES,
-    add_mesh_option,
+    add_layout_options,
     add_model_options,
     check_output,
     check_positive,
@@ -55,9 +55,8 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
     )
     add_model_options(parser)
-    add_mesh_option(parser, "the model, as in tensor=4,")
+    add_layout_options(parser, "the model, as in tensor=4,")
     parser.add_argument("--shape", metavar="NAME", help=f"random weights of a known shape: {', '.join(shapes())}")
-    parser.add_argument("--stacked", action="store_true", help="stack the layers, which one kernel then runs on a GPU")
     parser.add_argument("--plans", default="dense", metavar="A,B", help="named plans, as for compare (default: dense)")
     parser.add_argument("--batch", default="1", metavar="B,B", help="batch sizes (default: 1)")
     parser.add_argument("--context", type=int, default=512, metavar="S", help="cache slots (default: 512)")

@@ -45,6 +45,16 @@ def add_mesh_option(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--mesh", metavar="NAME=SIZE,...", help=f"split {what} over devices (default: one)")
 
 
+def add_layout_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--mesh`` and ``--stacked``, for commands that decode."""
+    add_mesh_option(parser, what)
+    parser.add_argument(
+        "--stacked",
+        action="store_true",
+        help="stack the layers: on Hopper GPUs one kernel runs them all, with plans that evict or select nothing",
+    )
+
+
 def default_dtype() -> str:
     """Return the dtype that models run in here: float32 on CPUs, which have no fast bfloat16, else bfloat16."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -74,6 +84,7 @@ def load(arguments: argparse.Namespace) -> Loaded:
     dtype = arguments.dtype or default_dtype()
     mesh = read_mesh(getattr(arguments, "mesh", None))
     model = models.load(name, dtype=DTYPES[dtype], mesh=mesh)
+    model = models.stack_for_decoding(model) if getattr(arguments, "stacked", False) else model
     model = model if mesh is None else models.on_mesh(model, mesh)
     with together():
         tokenizer = models.load_tokenizer(name)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dyninf
-from dyninf.cli.common import Loaded, add_mesh_option, add_model_options, bucket, check_positive, load
+from dyninf.cli.common import Loaded, add_layout_options, add_model_options, bucket, check_positive, load
 from dyninf.cli.plan_options import add_plan_options, check_plan, read_plan
 from dyninf.cli.processes import add_process_options, agree_on_options, identity, join, one_voice
 from dyninf.cli.quality import dense_agreement
@@ -51,7 +51,7 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
     source.add_argument("--prompt", metavar="TEXT", help='the text to continue; "-" reads standard input')
     source.add_argument("--file", metavar="FILE", help='a file with the text to continue; "-" reads standard input')
     add_model_options(parser)
-    add_mesh_option(parser, "the model, as in tensor=4 or tensor=4,fsdp=2,")
+    add_layout_options(parser, "the model, as in tensor=4 or tensor=4,fsdp=2,")
     add_plan_options(parser, default="exit_confidence")
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help=f"stop after N tokens (default: {DEFAULT_NEW_TOKENS})"

@@ -15,6 +15,7 @@ import dyninf
 from dyninf.cli.calibrated import read_calibrated
 from dyninf.configs.plans import plans
 from dyninf.depth import AdaptedExit, MetaExit, StopExit
+from dyninf.indexed import is_indexed, refuse_indexed
 from dyninf.models import Transformer
 from dyninf.training.exits_file import load_exits
 
@@ -82,10 +83,13 @@ def check_plan(plan: dyninf.Plan, model: Transformer) -> None:
     """Raise before any work if a plan or the width of its trained weights does not fit the model.
 
     Raises:
-        ValueError: as :func:`dyninf.check`, and for weights that were trained beside a model of another width.
+        ValueError: as :func:`dyninf.check`, for weights that were trained beside a model of another width, and for a
+            plan that stacked layers cannot run, with which each step would copy them.
         NotImplementedError: if a field holds something this version cannot run.
     """
     dyninf.check(plan, model)
+    if is_indexed(model.layers) and (reason := refuse_indexed(plan, len(model.layers))) is not None:
+        raise ValueError(f"expected a plan that stacked layers can run, got one that cannot: {reason}; drop --stacked")
     width = model.config.d_model
     for policy in policies(plan.depth):
         weights = getattr(policy, WEIGHTS.get(type(policy), ""), None)

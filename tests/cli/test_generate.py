@@ -43,7 +43,14 @@ def test_text_and_numbers_are_those_of_the_library(plan, folder, loaded, capsys)
 
 def test_a_mesh_changes_no_text(folder, capsys):
     want = generate(folder, capsys, "--prompt", PROMPT, "--plan", "exit_half")[1]
-    assert generate(folder, capsys, "--prompt", PROMPT, "--plan", "exit_half", "--mesh", "tensor=2,data=2")[1] == want
+    asked = ("--prompt", PROMPT, "--plan", "exit_half", "--mesh", "tensor=2,data=2")
+    assert generate(folder, capsys, *asked)[1] == want
+    assert generate(folder, capsys, *asked, "--stacked")[1] == want
+
+
+def test_a_plan_that_stacked_layers_cannot_run_is_one_line(folder, capsys):
+    status, _, err = generate(folder, capsys, "--prompt", PROMPT, "--plan", "select_quest", "--stacked")
+    assert status != 0 and "its layers read every slot" in err and "drop --stacked" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

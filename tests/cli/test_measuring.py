@@ -268,8 +268,8 @@ def test_a_random_state_of_a_plan_that_catches_up_has_an_empty_window(tiny_model
 
 
 def test_bench_on_a_mesh(capsys):
-    asked = "--mesh fsdp=2,data=2 --batch 4 --context 32 --steps 4 --repeats 1 --plans exit_half --jsonl -"
+    asked = "--mesh fsdp=2,data=2 --stacked --batch 4 --context 32 --steps 4 --repeats 1 --plans exit_half --jsonl -"
     assert main(["bench", "--shape", "tiny", *asked.split()]) == 0
     row = json.loads(capsys.readouterr().out)
     assert (row["plan"], row["layers_run"], row["mesh"], row["speedup"]) == ("exit_half", 4.0, "fsdp=2,data=2", None)
-    assert row["bytes_per_step"] > 0
+    assert row["bytes_per_step"] > 0 and row["stacked"]

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import pallas_kernels
 from pallas_kernels import BlockIndex, KVIndex, dispatch
-from pallas_kernels.partition import partitioned
+from pallas_kernels.partition import partitioned, take_rows
 
 B, T, N, K, H, S, P, PAGE = 4, 2, 8, 4, 16, 24, 6, 4
 COLLECTIVE = re.compile(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
@@ -177,3 +177,20 @@ def test_kernels_of_whole_layers_say_that_they_run_on_one_device(monkeypatch, ca
             run(implementation="mosaic_tpu")
     said = "project_add runs as 'xla': mosaic_tpu: is a kernel for one device, got a mesh of 8"
     assert [record.getMessage() for record in caplog.records] == [said]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows"), [((1, 1), 24), ((4, 6), 24), ((2, 3), 22)], ids=["one", "many", "undivided"]
+)
+def test_devices_take_their_rows_of_an_embedding_and_send_no_table(rng, tokens, rows):
+    table, tokens = normal(rng, rows, 5), jnp.asarray(rng.integers(0, rows, tokens), jnp.int32)
+    mesh = mesh_of(jax.devices())
+    split = NamedSharding(mesh, PartitionSpec("tensor" if rows % 4 == 0 else None))
+
+    def run(table, tokens):
+        with partitioned(mesh, batch=("data",), vocab=("tensor",)):
+            return take_rows(table, tokens)
+
+    compiled = jax.jit(run).lower(jax.device_put(table, split), tokens).compile()
+    np.testing.assert_array_equal(compiled(jax.device_put(table, split), tokens), table[tokens])
+    assert set(COLLECTIVE.findall(compiled.as_text())) == (set() if rows % 4 else {"all-reduce"})
