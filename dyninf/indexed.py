@@ -112,18 +112,18 @@ def _run_groups(layers, x_BTD, cache, run, policy, state, top):
         group, x_BTD, prev_BTD, cache, exited_BT, state, needed_BT, _ = carry
         obs = observe(run, num_layers, starts[group], x_BTD, prev_BTD)
         active_BT, exited_BT, state = decide(run, policy, obs, exited_BT, state)
+        going = jnp.any(active_BT)
         out = layers.decode(
             x_BTD[:, 0],
             cache.k,
             cache.v,
             positions_B,
             order_M=starts[group] + jnp.arange(longest),
-            length=sizes[group],
+            length=jnp.where(going, sizes[group], 0),
             planned_B=jnp.where(active_BT[:, 0], sizes[group], 0),
-            live_B=live_B & jnp.any(active_BT),
+            live_B=live_B & going,
             fill=False,
         )
-        going = jnp.any(active_BT)
         cache = LayerCache(k=out.k_LBSKH, v=out.v_LBSKH)
         needed_BT = needed_BT + out.ran_B[:, None]
         return group + going, out.x_BD[:, None], out.before_BD[:, None], cache, exited_BT, state, needed_BT, going

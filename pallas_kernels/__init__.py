@@ -4,6 +4,7 @@ Every operation is a public function with a reference in plain JAX and, where it
 :mod:`pallas_kernels.dispatch` chooses between.
 """
 
+from pallas_kernels.add_devices import add_devices as add_devices
 from pallas_kernels.append_and_score import append_and_score as append_and_score
 from pallas_kernels.append_tokens import append_tokens as append_tokens
 from pallas_kernels.attention import decode_attention as decode_attention

@@ -40,17 +40,17 @@ def pretend(monkeypatch):
     return become
 
 
-def start(model):
+def start(model, plan=PLAN):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (B, 80)))
     lengths, keys = jnp.array([80, 9, 73, 41]), jax.random.split(jax.random.key(1), B)
-    return prefill(model, tokens, lengths, PLAN, CacheSpec(capacity=256), keys)[1]
+    return prefill(model, tokens, lengths, plan, CacheSpec(capacity=256), keys)[1]
 
 
-def abstract_step(mesh):
+def abstract_step(mesh, config=CONFIG, plan=PLAN, lay=lambda model: model):
     """A step as a function of arrays, and the shapes and shardings of these in bfloat16."""
-    model = jax.eval_shape(lambda: models.Transformer(CONFIG, jax.random.key(0)))
+    model = jax.eval_shape(lambda: lay(models.Transformer(config, jax.random.key(0))))
     model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), model)
-    state, whole = jax.eval_shape(start, model), NamedSharding(mesh, PartitionSpec())
+    state, whole = jax.eval_shape(start, model, plan), NamedSharding(mesh, PartitionSpec())
     where = jax.tree.map(lambda leaf: whole, state)
     where = dataclasses.replace(where, cache=cache_shardings(state.cache, mesh))
     leaves, structure = jax.tree.flatten((on_mesh(model, mesh), state))
@@ -58,7 +58,7 @@ def abstract_step(mesh):
 
     def step(*leaves):
         model, state = jax.tree.unflatten(structure, leaves)
-        state, stats = decode_step(model, state, PLAN)
+        state, stats = decode_step(model, state, plan)
         return state.token, stats.kv_read
 
     given = zip(leaves, shardings, strict=True)
@@ -78,6 +78,21 @@ def test_a_step_compiles_to_kernels_for_many_tpus():
     sent = collections.Counter((kind, shape) for shape, kind in COLLECTIVE.findall(text))
     assert sent.pop(("all-reduce", "bf16[2,1,64]")) in (2 * 3, 2 * 3 + 1)  # an embedding may be gathered otherwise
     assert all(kind == "all-gather" and shape[:3] in ("f32", "s32") for kind, shape in sent)
+
+
+def test_a_step_of_stacked_layers_compiles_to_kernels_for_many_tpus():
+    """By hand, in the loop over layers: queries, keys and values; attention; output projection, hidden layer and down
+    projection, with a sum over devices behind either projection. No sum is XLA's but that of the embedding.
+    """
+    pytest.importorskip("libtpu", reason="needs libtpu to compile for a TPU: pip install dyninf[tpu]")
+    from jax.experimental import topologies
+
+    mesh = make_mesh(AXES, topologies.get_topology_desc("v5e:2x4", "tpu").devices)
+    config = dataclasses.replace(CONFIG, d_model=256, d_ff=512)
+    step, shapes = abstract_step(mesh, config, Plan(), models.stack_for_decoding)
+    text = jax.jit(step).lower(*shapes).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 5 + 2
+    assert [shape for shape, kind in COLLECTIVE.findall(text) if kind == "all-reduce"] == ["bf16[2,1,256]"]
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the GPU kernels need jax 0.11.2")

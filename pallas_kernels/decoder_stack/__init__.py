@@ -17,13 +17,10 @@ from pallas_kernels.partition import parts, per_device
 
 WEIGHTS = {"norm_attn": "D", "wqkv": "DK", "bqkv": "K", "norm_q": "H", "norm_k": "H", "wo": "KD", "norm_mlp": "D"}
 WEIGHTS |= {"w_gate_up": "CDK", "w_down": "KD"}  # on a mesh the MLP is split as heads (K) are
+_on_each = per_device("BD BD LBSKH LBSKH B", weights=WEIGHTS)
 DECODE = (
-    Implementation(
-        name="mosaic_gpu",
-        refuse=mosaic_gpu.refuse,
-        run=per_device("BD BD LBSKH LBSKH B", weights=WEIGHTS)(mosaic_gpu.decode_layers),
-        splits=True,
-    ),
+    Implementation(name="mosaic_gpu", refuse=mosaic_gpu.refuse, run=_on_each(mosaic_gpu.decode_layers), splits=True),
+    Implementation(name="loop_per_device", refuse=loop.refuse_per_device, run=_on_each(loop.decode_layers)),
     Implementation(name="loop", refuse=loop.refuse, run=loop.decode_layers),
 )
 
@@ -62,7 +59,7 @@ class Decoded:
 
     Attributes:
         x_BD: states after the last layer that each sequence ran.
-        before_BD: states that entered the last layer that any sequence ran.
+        before_BD: states that entered the last layer that any sequence (of one device, on a mesh) ran.
         k_LBSKH, v_LBSKH: the cache, with the new tokens.
         ran_B: entries of the order that each sequence ran.
     """
@@ -99,8 +96,9 @@ def decode_layers(
     the layer that ran last exceeds it; it keeps its state from then on. Keys and values of entries that others still
     run are projected from that state (CALM's propagation), and with ``fill`` also those of the entries that nobody
     runs. Reads every weight and every live cache slot of the entries that run once. Exact when no sequence ends early.
-    On a mesh (:mod:`pallas_kernels.partition`) the kernel runs on each device with its heads and its part of the MLP,
-    and the devices that share a layer add up what its two projections to the states give, twice a layer.
+    On a mesh (:mod:`pallas_kernels.partition`) each device runs the layers with its heads and its part of the MLP, and
+    those that share a layer add up what its two projections to the states give, twice a layer. Where the mesh splits
+    the batch, a device does not know what others run, and stores what ``fill`` does in any case.
 
     Args:
         positions_B: position of each token, the slot its keys and values go to; slots below it are read.
@@ -113,7 +111,8 @@ def decode_layers(
         asked_M: bool, entries before which the rule is asked; ``None`` for all but the first.
         fill: store keys and values of the entries that nobody runs.
         window: attend to the last ``window`` positions only (the token's own included).
-        implementation: ``"mosaic_gpu"`` or ``"loop"``; ``None`` takes the fastest that can serve.
+        implementation: ``"mosaic_gpu"``, ``"loop_per_device"`` (on a mesh) or ``"loop"``; ``None`` takes the fastest
+            that can serve.
 
     Raises:
         ValueError: if shapes or dtypes do not fit together.
@@ -136,6 +135,7 @@ def decode_layers(
     planned_B = jnp.where(live_B, jnp.clip(planned_B, 0, length), 0).astype(jnp.int32)
     if window is not None and window >= k_LBSKH.shape[2]:
         window = None
+    fill = fill or parts()["batch"] > 1
     chosen = choose("decode_layers", DECODE, implementation, **_facts(x_BD, weights, k_LBSKH))
     x_BD, before_BD, k_LBSKH, v_LBSKH, ran_B = chosen.run(
         x_BD,

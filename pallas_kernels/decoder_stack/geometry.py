@@ -110,6 +110,18 @@ class Geometry:
         return {8: 4, 16: 2}[self.head_rows]
 
 
+def refuse_parts(parts: dict[str, int], sizes: dict[str, int]) -> str | None:
+    """Return why devices cannot share layers of these sizes by heads and MLP, or ``None``."""
+    if parts["width"] > 1:
+        return f"needs whole rows of weights on each device, got a mesh that splits them in {parts['width']}"
+    if sizes["kv_heads"] % parts["heads"] or sizes["d_ff"] % parts["heads"]:
+        return (
+            f"needs key/value heads and d_ff that divide by the {parts['heads']} devices that share them, got "
+            f"{sizes['kv_heads']} and {sizes['d_ff']}"
+        )
+    return None
+
+
 def refuse_geometry(geometry: Geometry) -> str | None:
     """Return why the kernel cannot serve these sizes, or ``None``."""
     g = geometry

@@ -1,6 +1,8 @@
 """The decoder stack as a loop over layers in plain JAX, around products that read a layer's weights in place on TPU.
 
-The reference of :func:`pallas_kernels.decoder_stack.decode_layers`, and what runs where no kernel can.
+The reference of :func:`pallas_kernels.decoder_stack.decode_layers`, and what runs where no kernel can. On a mesh each
+device runs it with its heads and its part of the MLP, and what they project is added up; where that cannot be, JAX
+partitions it.
 """
 
 import functools
@@ -10,12 +12,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.add_devices import add_devices
 from pallas_kernels.attention import decode_attention
+from pallas_kernels.decoder_stack.geometry import refuse_parts
 from pallas_kernels.layer_products import norm_gate_up, norm_project, project_add
+from pallas_kernels.partition import num_devices, sharing
 
 
 def refuse(**facts: Any) -> None:
     """Return ``None``: serves every call."""
+
+
+def refuse_per_device(*, parts: dict, sizes: dict, **facts: Any) -> str | None:
+    """Return why the loop cannot run on each device of a mesh with its heads, or ``None``."""
+    if num_devices() == 1:
+        return "needs a mesh of several devices"
+    return refuse_parts(parts, sizes)
 
 
 def decode_layers(
@@ -64,9 +76,9 @@ def decode_layers(
                 q_BNH[:, None], k_BSKH, v_BSKH, jnp.where(live_B, positions_B, -1)[:, None], window=window
             )
             o_BF = o_BTNH.reshape(x_BD.shape[0], -1)
-            y_BD = project_add(o_BF, weights.wo, x_BD, layer)
+            y_BD = _project_add(o_BF, weights.wo, x_BD, layer)
             hidden_BF = norm_gate_up(y_BD, weights.norm_mlp, weights.w_gate_up, layer, eps=eps)
-            y_BD = project_add(hidden_BF, weights.w_down, y_BD, layer)
+            y_BD = _project_add(hidden_BF, weights.w_down, y_BD, layer)
             return jnp.where(exited_B[:, None], x_BD, y_BD), cache
 
         go = ~jnp.all(exited_B)
@@ -86,6 +98,14 @@ def decode_layers(
 
         cache = lax.fori_loop(ran, length, fill_entry, cache)
     return x_BD, before_BD, *cache, ran_B
+
+
+def _project_add(x_BF, weights_LFD, residual_BD, layer) -> jax.Array:
+    """Add a projection to the states, with the parts that other devices have of it."""
+    if sharing() is None:
+        return project_add(x_BF, weights_LFD, residual_BD, layer)
+    part_BD = project_add(x_BF, weights_LFD, jnp.zeros_like(residual_BD), layer)
+    return add_devices(part_BD, residual_BD)
 
 
 def _project(weights, positions_B, frequencies, eps, heads, x_BD, layer) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decoder_stack.exchange import EMPTY_BITS
-from pallas_kernels.decoder_stack.geometry import PHASES, UNIT, Geometry, refuse_geometry
+from pallas_kernels.decoder_stack.geometry import PHASES, UNIT, Geometry, refuse_geometry, refuse_parts
 from pallas_kernels.decoder_stack.tiles import divide, fill_tile, fill_units
 from pallas_kernels.decoder_stack.worker import Worker
 from pallas_kernels.partition import sharing
@@ -62,13 +62,8 @@ def refuse(*, platform: str, dtypes: set, sizes: dict, parts: dict, **facts: Any
         return f"needs a Hopper GPU (compute capability 9.0), got {capability}"
     if dtypes != {jnp.dtype(jnp.bfloat16)}:
         return f"needs weights, states and cache in bfloat16, got {', '.join(sorted(map(str, dtypes)))}"
-    if parts["width"] > 1:
-        return f"needs whole rows of weights on each device, got a mesh that splits them in {parts['width']}"
-    if sizes["kv_heads"] % peers or sizes["d_ff"] % peers:
-        return (
-            f"needs key/value heads and d_ff that divide by the {peers} devices that share them, got "
-            f"{sizes['kv_heads']} and {sizes['d_ff']}"
-        )
+    if (reason := refuse_parts(parts, sizes)) is not None:
+        return reason
     if peers > 1 and jax.process_count() > 1:
         return f"needs devices of one process to share layers, got {jax.process_count()} processes"
     sizes = sizes | {"kv_heads": sizes["kv_heads"] // peers, "d_ff": sizes["d_ff"] // peers, "peers": peers}

@@ -130,7 +130,6 @@ def test_a_text_is_read_as_on_one_device(name, even_model, prompts):
     assert got.logits.addressable_shards[0].data.shape == (B // 2, T, V // 4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("plan", [pytest.param(Plan(), marks=pytest.mark.slow), EXITS], ids=["dense", "exits"])
 def test_stacked_layers_decode_by_index(plan, even_model, prompts):
     stacked = stack_for_decoding(even_model)
