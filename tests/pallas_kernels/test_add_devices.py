@@ -1,6 +1,7 @@
 """The sum over devices: against numpy, interpreted with a detector of races, and compiled for described TPUs."""
 
 import functools
+import importlib
 import re
 
 import jax
@@ -10,7 +11,6 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
-import pallas_kernels.add_devices as package
 from pallas_kernels.add_devices import ADD_DEVICES, add_devices, mosaic_tpu
 from pallas_kernels.partition import partitioned, per_device
 
@@ -60,7 +60,7 @@ def numpy_sum(parts, residual):
     ],
 )
 def test_the_kernel_adds_in_the_order_of_the_devices(rng, capfd, monkeypatch, axes, rows, width, dtype):
-    monkeypatch.setattr(package, "platform", lambda: "tpu")
+    monkeypatch.setattr(importlib.import_module("pallas_kernels.add_devices"), "platform", lambda: "tpu")
     axes = AXES[axes]
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(*axes.values()), tuple(axes))
     parts, residual = draw(rng, axes["tensor"], rows, width, dtype)
