@@ -1,4 +1,8 @@
-"""The sum over devices: against numpy, interpreted with a detector of races, and compiled for described TPUs."""
+"""The sum over devices: against numpy, interpreted with a detector of races, and compiled for described TPUs.
+
+The interpreter gives every call memory of its own. That calls cannot overtake each other, which is what the barrier of
+the kernel is for, is argued there and not tested.
+"""
 
 import functools
 import importlib
