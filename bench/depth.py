@@ -131,13 +131,7 @@ def batch_programs(model: models.Transformer, stacked: bool, batch: int, argumen
 
     Recorded depths are shares of their model's layers; the plans ask at every eighth of the depth.
     """
-    num_layers = len(model.layers)
-    recorded = json.loads(arguments.depths.read_text(encoding="utf-8"))
-    table_SB = np.array(recorded["depths"]).T
-    if table_SB.shape[1] < batch:
-        raise ValueError(f"expected recorded depths of at least {batch} sequences, got {table_SB.shape[1]}")
-    table_SB = np.ceil(table_SB[:, :batch] * num_layers / recorded["num_layers"]).astype(np.int32)
-    rule = depth.every(depth.Recorded(depths=jnp.asarray(table_SB)), step=max(1, num_layers // 8))
+    rule = recorded_depths(arguments.depths, len(model.layers), batch)
     plan = Plan(depth=rule)
     if stacked:
         return [("dense_indexed", Plan(), decode_steps), ("indexed", plan, decode_steps)]
@@ -149,6 +143,16 @@ def batch_programs(model: models.Transformer, stacked: bool, batch: int, argumen
         *((f"compact_{c}", plan, run(dyninf.Compact(capacity=c))) for c in (batch // 2, batch // 4) if c),
         ("catch_up", Plan(depth=rule, fill="catch_up"), decode_steps),
     ]
+
+
+def recorded_depths(file: Path, num_layers: int, batch: int) -> depth.DepthPolicy:
+    """Return a rule by which sequences leave where those of a recording left, in shares of the layers."""
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    table_SB = np.array(recorded["depths"]).T
+    if table_SB.shape[1] < batch:
+        raise ValueError(f"expected recorded depths of at least {batch} sequences, got {table_SB.shape[1]}")
+    table_SB = np.ceil(table_SB[:, :batch] * num_layers / recorded["num_layers"]).astype(np.int32)
+    return depth.every(depth.Recorded(depths=jnp.asarray(table_SB)), step=max(1, num_layers // 8))
 
 
 STUDIES = {"depth": depth_programs, "decisions": decision_programs, "batch": batch_programs}

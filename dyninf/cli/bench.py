@@ -32,6 +32,7 @@ from dyninf.cli.common import (
 from dyninf.cli.decoding import bytes_per_step, decode_steps, random_state, summary_bytes, time_prompt
 from dyninf.cli.plan_options import check_plan, read_plans
 from dyninf.configs.models import shapes
+from dyninf.model import CausalLM
 from dyninf.timing import device_name, measure
 
 EXAMPLES = """\
@@ -100,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     for plan in plans.values():
         check_plan(plan, model)
     rows = []
-    bench, time = ("decode", _time) if arguments.prompt is None else ("prompt", _time_prompt)
+    bench, time = ("decode", time_steps) if arguments.prompt is None else ("prompt", _time_prompt)
     with progress() as bar:
         for batch, plan_name in bar.track([(b, p) for b in batches for p in plans], description="timing"):
             timed = time(model, plans[plan_name], batch, arguments)
@@ -122,7 +123,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _time(model: models.Transformer, plan: dyninf.Plan, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def time_steps(model: CausalLM, plan: dyninf.Plan, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the times of a decode step, and what it must read, for the command's options of these names."""
     steps, context = arguments.steps, arguments.context
     key = jax.random.key(0)
     tokens_NB = jax.random.randint(jax.random.fold_in(key, 1), (steps, batch), 0, model.config.vocab_size)

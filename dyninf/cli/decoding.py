@@ -100,24 +100,28 @@ def random_state(
 ) -> dyninf.DecodeState:
     """Return a state as a prefill of ``length`` tokens would leave it, with random keys, values and tokens.
 
-    On a mesh its cache is laid out as that of a prefill.
+    On a mesh its cache is laid out as that of a prefill, and made where it lies.
     """
     spec = dyninf.CacheSpec(capacity=capacity)
     tokens, lengths = jnp.zeros((batch, length), jnp.int32), jnp.full(batch, length)
     like = jax.eval_shape(lambda m, p: dyninf.prefill(m, tokens, lengths, p, spec, key)[1], model, plan)
-    if like.cache.stacked:
-        layers = _random_cache(like.cache.layers, length, key)
-    else:
-        keys = jax.random.split(key, len(like.cache.layers))
-        layers = tuple(
-            _read(cache, lengths, length, plan.select, layer_key)
-            if isinstance(cache, OwnCache)
-            else _random_cache(cache, length, layer_key)
-            for cache, layer_key in zip(like.cache.layers, keys, strict=True)
-        )
-    cache = dyninf.KVCache(layers=layers, length=jnp.full(batch, length, jnp.int32))
+
+    def make() -> dyninf.KVCache:
+        if like.cache.stacked:
+            layers = _random_cache(like.cache.layers, length, key)
+        else:
+            keys = jax.random.split(key, len(like.cache.layers))
+            layers = tuple(
+                _read(cache, lengths, length, plan.select, layer_key)
+                if isinstance(cache, OwnCache)
+                else _random_cache(cache, length, layer_key)
+                for cache, layer_key in zip(like.cache.layers, keys, strict=True)
+            )
+        return dyninf.KVCache(layers=layers, length=jnp.full(batch, length, jnp.int32))
+
     if isinstance(model, MeshModel):
-        cache = jax.device_put(cache, cache_shardings(cache, model.where.mesh))
+        make = jax.jit(make, out_shardings=cache_shardings(like.cache, model.where.mesh))
+    cache = make()
     return dyninf.DecodeState(
         token=jax.random.randint(key, (batch,), 0, vocab_size(model)),
         cache=cache,
