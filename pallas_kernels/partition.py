@@ -129,6 +129,12 @@ def parts() -> dict[str, int]:
     return {name: math.prod(where.mesh.shape[axis] for axis in getattr(where, name)) for name in names}
 
 
+def device_numbers() -> list[int]:
+    """Return the numbers of the devices of the mesh that is traced for, in its order; none for an abstract one."""
+    where = _PARTITION.get()
+    return [device.id for device in where.mesh.devices.flat] if where and isinstance(where.mesh, Mesh) else []
+
+
 def per_device(
     outputs: str, *, prompts: bool = False, **letters: str | Mapping[str, str]
 ) -> Callable[[Callable], Callable]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.decoder_stack import loop, mosaic_gpu
 from pallas_kernels.decoder_stack.geometry import MAX_ROWS
 from pallas_kernels.dispatch import Implementation, choose, explain, platform
-from pallas_kernels.partition import parts, per_device
+from pallas_kernels.partition import device_numbers, parts, per_device
 
 WEIGHTS = {"norm_attn": "D", "wqkv": "DK", "bqkv": "K", "norm_q": "H", "norm_k": "H", "wo": "KD", "norm_mlp": "D"}
 WEIGHTS |= {"w_gate_up": "CDK", "w_down": "KD"}  # on a mesh the MLP is split as heads (K) are
@@ -181,6 +181,7 @@ def _facts(x_BD, weights, k_LBSKH) -> dict:
         "platform": platform(),
         "dtypes": {jnp.dtype(leaf.dtype) for leaf in (x_BD, k_LBSKH, *jax.tree.leaves(weights))},
         "parts": parts(),
+        "devices": device_numbers(),
         "sizes": {
             "layers": layers,
             "d_model": x_BD.shape[1],

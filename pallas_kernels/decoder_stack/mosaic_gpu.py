@@ -50,7 +50,7 @@ OUTPUTS = (
 )
 
 
-def refuse(*, platform: str, dtypes: set, sizes: dict, parts: dict, **facts: Any) -> str | None:
+def refuse(*, platform: str, dtypes: set, sizes: dict, parts: dict, devices: list[int], **facts: Any) -> str | None:
     """Return why the kernel cannot serve, or ``None``."""
     if platform != "gpu":
         return f"runs on NVIDIA GPUs, not on {platform}"
@@ -66,6 +66,8 @@ def refuse(*, platform: str, dtypes: set, sizes: dict, parts: dict, **facts: Any
         return reason
     if peers > 1 and jax.process_count() > 1:
         return f"needs devices of one process to share layers, got {jax.process_count()} processes"
+    if peers > 1 and devices != list(range(len(devices))):
+        return f"needs a mesh of the first devices, in the order of their numbers, to share layers, got {devices}"
     sizes = sizes | {"kv_heads": sizes["kv_heads"] // peers, "d_ff": sizes["d_ff"] // peers, "peers": peers}
     if sizes["batch"] % parts["batch"] == 0:
         sizes["batch"] //= parts["batch"]

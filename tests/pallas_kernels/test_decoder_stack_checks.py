@@ -189,19 +189,21 @@ def test_the_kernel_lowers_for_hopper_gpus(monkeypatch, batch, axes):
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("parts", "devices", "message"),
     [
-        ({"width": 2}, "whole rows of weights on each device, got a mesh that splits them in 2"),
-        ({"heads": 3}, "divide by the 3 devices that share them, got 8 and 14336"),
-        ({"heads": 8, "batch": 3}, None),
+        ({"width": 2}, [0, 1], "whole rows of weights on each device, got a mesh that splits them in 2"),
+        ({"heads": 3}, [0, 1, 2], "divide by the 3 devices that share them, got 8 and 14336"),
+        ({"heads": 2}, [2, 3], "the first devices, in the order of their numbers, to share layers, got [2, 3]"),
+        ({"batch": 2}, [2, 3], None),
+        ({"heads": 8, "batch": 3}, list(range(24)), None),
     ],
-    ids=["width", "heads", "fits"],
+    ids=["width", "heads", "order", "apart", "fits"],
 )
-def test_a_mesh_that_the_kernel_cannot_serve_has_a_reason(monkeypatch, changes, message):
+def test_a_mesh_that_the_kernel_cannot_serve_has_a_reason(monkeypatch, parts, devices, message):
     one = SimpleNamespace(compute_capability="9.0", core_count=132)
     monkeypatch.setattr(jax, "local_devices", lambda: [one])
-    facts = {"platform": "gpu", "dtypes": {jnp.dtype(jnp.bfloat16)}, "parts": {"batch": 1, "heads": 1, "width": 1}}
+    facts = {"platform": "gpu", "dtypes": {jnp.dtype(jnp.bfloat16)}, "devices": devices}
     sizes = {"layers": 32, "d_model": 4096, "d_ff": 14336, "kv_heads": 8, "group": 4, "head_dim": 128}
-    facts |= {"parts": facts["parts"] | changes, "sizes": sizes | {"batch": 8, "capacity": 2048}}
+    facts |= {"parts": {"batch": 1, "heads": 1, "width": 1} | parts, "sizes": sizes | {"batch": 8, "capacity": 2048}}
     found = mosaic_gpu.refuse(**facts)
     assert found is None if message is None else message in found
