@@ -32,9 +32,9 @@ from pallas_kernels.decoder_stack.exchange import EMPTY_BITS
 from pallas_kernels.decoder_stack.geometry import PHASES, UNIT, Geometry, refuse_geometry, refuse_parts
 from pallas_kernels.decoder_stack.tiles import divide, fill_tile, fill_units
 from pallas_kernels.decoder_stack.worker import Worker
+from pallas_kernels.dispatch import refuse_unless_hopper
 from pallas_kernels.partition import sharing
 
-NEEDED_JAX = (0, 11, 2)
 OUTPUTS = (
     "stream",
     "layer_input",
@@ -52,17 +52,12 @@ OUTPUTS = (
 
 def refuse(*, platform: str, dtypes: set, sizes: dict, parts: dict, devices: list[int], **facts: Any) -> str | None:
     """Return why the kernel cannot serve, or ``None``."""
-    if platform != "gpu":
-        return f"runs on NVIDIA GPUs, not on {platform}"
-    if NEEDED_JAX > jax.__version_info__:
-        return f"needs jax {'.'.join(map(str, NEEDED_JAX))}, got {jax.__version__}"
     device, peers = jax.local_devices()[0], parts["heads"]
-    capability = getattr(device, "compute_capability", "unknown")
-    if capability != "9.0":
-        return f"needs a Hopper GPU (compute capability 9.0), got {capability}"
+    if reason := refuse_unless_hopper(platform, getattr(device, "compute_capability", None)):
+        return reason
     if dtypes != {jnp.dtype(jnp.bfloat16)}:
         return f"needs weights, states and cache in bfloat16, got {', '.join(sorted(map(str, dtypes)))}"
-    if (reason := refuse_parts(parts, sizes)) is not None:
+    if reason := refuse_parts(parts, sizes):
         return reason
     if peers > 1 and jax.process_count() > 1:
         return f"needs devices of one process to share layers, got {jax.process_count()} processes"

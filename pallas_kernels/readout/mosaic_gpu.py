@@ -18,10 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import refuse_dtypes
+from pallas_kernels.dispatch import refuse_dtypes, refuse_unless_hopper
 from pallas_kernels.readout.reference import Readout, merge, refuse_rows
 
-NEEDED_JAX = (0, 11, 2)
 SHARED_BYTES = 216 * 1024  # of the 227 KiB that a block can have, less barriers and the scratch of reductions
 REDUCTION_BYTES = 4096
 TILE_TOKENS = 128  # in two accumulators of 64
@@ -77,10 +76,8 @@ def refuse(
     """Return why the kernel cannot serve on an NVIDIA GPU, or ``None``."""
     if reason := refuse_rows(rows):
         return reason
-    if jax.__version_info__ < NEEDED_JAX:
-        return f"needs jax {'.'.join(map(str, NEEDED_JAX))} or newer, got {jax.__version__}"
-    if capability != "9.0":
-        return f"needs a Hopper GPU (compute capability 9.0), got {capability}"
+    if reason := refuse_unless_hopper("gpu", capability):
+        return reason
     if reason := refuse_dtypes({"states": dtype, "weights": weights_dtype}, ("bfloat16", "float16")):
         return reason
     if d_model % 64:

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.dispatch import refuse_unless_hopper
 from pallas_kernels.index import KVIndex
 from pallas_kernels.topk_pages import thread as t
 
-NEEDED_JAX = (0, 11, 2)
 MOST_PAGES = 65536
 MOST_CHOSEN = 512  # half of the threads of a block, so that enough of their maxima are above a bound
 PAGE_BITS, LAST_PAGE = 16, 0xFFFF
@@ -110,10 +110,8 @@ class Geometry:
 
 def refuse(*, num_pages: int, k: int, capability: str | None, **_: Any) -> str | None:
     """Return why the kernel cannot serve on an NVIDIA GPU, or ``None``."""
-    if jax.__version_info__ < NEEDED_JAX:
-        return f"needs jax {'.'.join(map(str, NEEDED_JAX))} or newer, got {jax.__version__}"
-    if capability != "9.0":
-        return f"needs a Hopper GPU (compute capability 9.0), got {capability}"
+    if reason := refuse_unless_hopper("gpu", capability):
+        return reason
     if num_pages > MOST_PAGES:
         return f"chooses from at most {MOST_PAGES} pages, got {num_pages}; use larger pages"
     if k > MOST_CHOSEN:

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decoder_stack import decode_layers, mosaic_gpu
+from pallas_kernels.decoder_stack import decode_layers
+from pallas_kernels.dispatch import MOSAIC_GPU_JAX
 
 EPS = 1e-5
 needs_interpreter = pytest.mark.skipif(
-    jax.__version_info__ < mosaic_gpu.NEEDED_JAX, reason="jax interprets Mosaic GPU kernels from 0.11.2 on"
+    jax.__version_info__ < MOSAIC_GPU_JAX, reason="jax interprets Mosaic GPU kernels from 0.11.2 on"
 )
 
 

@@ -15,11 +15,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 from pallas_kernels import decoder_stack
 from pallas_kernels.decoder_stack import DecoderWeights, decode_layers, explain_decode, mosaic_gpu
 from pallas_kernels.decoder_stack.geometry import Geometry, refuse_geometry
+from pallas_kernels.dispatch import MOSAIC_GPU_JAX
 from pallas_kernels.partition import partitioned
 
 EPS = 1e-5
 needs_interpreter = pytest.mark.skipif(
-    jax.__version_info__ < mosaic_gpu.NEEDED_JAX, reason="jax interprets and lowers the kernel from 0.11.2 on"
+    jax.__version_info__ < MOSAIC_GPU_JAX, reason="jax interprets and lowers the kernel from 0.11.2 on"
 )
 
 
