@@ -62,7 +62,7 @@ def interpreted(monkeypatch, capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 17, 64])
+@pytest.mark.parametrize("rows", [1, 17, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 8, 64))])
 def test_kernel_against_numpy(rng, interpreted, rows):
     inputs = arrays(rng, rows)
     for layer in (0, L - 1):
@@ -194,7 +194,7 @@ def weight_sized(text, num_bytes):
     return found
 
 
-@pytest.mark.parametrize("tpu", TPUS)
+@pytest.mark.parametrize("tpu", [*(pytest.param(n, marks=pytest.mark.slow) for n in TPUS[:3]), TPUS[3]])
 def test_a_loop_over_layers_reads_each_weight_once_and_copies_none(tpu):
     compiled, layer_bytes, least = compile_for(tpu, "mosaic_tpu")
     assert weight_sized(compiled.as_text(), least) == []
