@@ -203,7 +203,11 @@ def test_a_loop_over_layers_reads_each_weight_once_and_copies_none(tpu):
     assert layer_bytes < compiled.cost_analysis()["bytes accessed"] < 1.02 * layer_bytes
 
 
-@pytest.mark.parametrize(("rows", "dtype"), [(1, jnp.bfloat16), (64, jnp.float32)], ids=["one", "most"])
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [(1, jnp.bfloat16), pytest.param(64, jnp.float32, marks=pytest.mark.slow)],
+    ids=["one", "most"],
+)
 def test_the_fewest_and_the_most_rows_compile(rows, dtype):
     compiled, layer_bytes, _ = compile_for("v5e:2x2", "mosaic_tpu", rows=rows, dtype=dtype)
     assert layer_bytes < compiled.cost_analysis()["bytes accessed"] < 1.05 * layer_bytes
