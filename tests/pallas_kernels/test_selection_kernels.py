@@ -109,7 +109,7 @@ def test_attention_interpreted(rng, name):
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"page": 16}, marks=pytest.mark.slow),
         {"dim": 256, "tokens": 8, "page": 64},
-        {"dim": 64, "batch": 40},
+        pytest.param({"dim": 64, "batch": 40}, marks=pytest.mark.slow),
     ],
     ids=["dense", "pages", "eight_tokens", "many"],
 )
