@@ -27,6 +27,7 @@ OWN = {
 }
 # Run as plans beside them do, with other questions or depths: in slow runs.
 ALIKE = {"exit_calm", "exit_patience", "recorded_alike", "asked_in_groups", "unified_skip", "cosine_at_some_layers"}
+ALIKE |= {"dense"}  # texts of "recorded" run all layers too
 PROMPTS, LENGTHS = np.array([[3, 14, 15, 9, 2], [6, 5, 35, 0, 0], [8, 0, 0, 0, 0]]), np.array([5, 3, 1])
 
 

@@ -108,7 +108,7 @@ def windowed(window):
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan(),
+        pytest.param(Plan(), marks=pytest.mark.slow),  # queries of "quest" and of one layer of "power" see everything
         pytest.param(Plan(sparsity=A_SHAPE), marks=pytest.mark.slow),  # as "mask", and part of "tri_shape"
         Plan(sparsity=TRI_SHAPE),
         Plan(sparsity=POWER, depth=ExitAt(layer=4)),
