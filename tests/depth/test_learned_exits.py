@@ -41,7 +41,8 @@ NOTHING = {  # the setting that runs every layer
 }
 
 
-@pytest.fixture(scope="module", params=POLICIES)
+# The gate of "meta" is the one of "adapted"; tests/depth/test_meta.py runs it alone.
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * (n == "meta")) for n in POLICIES])
 def name(request):
     return request.param
 
