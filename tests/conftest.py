@@ -19,8 +19,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("NPROC", "16")  # threads of the CPU client: a device that waits, in LAPACK too, keeps one
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several test processes compile for TPUs at once
-if os.environ["JAX_PLATFORMS"] == "cpu":  # compiling takes nearly all the time of these tests
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Compiling takes most of the time of these tests, so that nothing is optimised. A program's code is emitted in one
+    # part, and that of fusions as LLVM's in place of MLIR's: without these two, compiling takes twice as long.
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    quick += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 
 import jax
 import jax.numpy as jnp

@@ -31,7 +31,7 @@ def step_shapes(model, plan, dtype=jnp.bfloat16, capacity=16):
     return model, state, plan
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "masked_exits")) for n in PLANS])
 def test_a_decode_step_compiles_for_a_tpu(tiny_model, name):
     pytest.importorskip("libtpu", reason="needs libtpu to compile for a TPU: pip install dyninf[tpu]")
     from jax.experimental import topologies

@@ -187,7 +187,7 @@ class Holed:
     [
         ("segments", "catch_up"),
         ("segments", "propagate"),
-        ("masked", "mask"),
+        pytest.param("masked", "mask", marks=pytest.mark.slow),  # decides as "scan" does
         ("scan", "mask"),
         (Compact(capacity=2), "mask"),
     ],

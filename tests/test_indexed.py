@@ -27,6 +27,7 @@ OWN = {
 }
 # Run as plans beside them do, with other questions or depths: in slow runs.
 ALIKE = {"exit_calm", "exit_patience", "recorded_alike", "asked_in_groups", "unified_skip", "cosine_at_some_layers"}
+ALIKE |= {"dense"}  # texts of "recorded" run all layers too
 PROMPTS, LENGTHS = np.array([[3, 14, 15, 9, 2], [6, 5, 35, 0, 0], [8, 0, 0, 0, 0]]), np.array([5, 3, 1])
 
 
@@ -87,21 +88,32 @@ def test_other_drivers_run_stacked_layers_too(tiny_model, stacked):
     assert np.array_equal(got.tokens, want.tokens)
 
 
-@pytest.mark.parametrize(
-    ("plan", "message"),
-    [
-        (Plan(depth=DepthDecay()), "cannot skip by token"),
-        (Plan(depth=Saturation(threshold=0.9), fill="mask"), "fill='mask' does not"),
-        (Plan(depth=Saturation(threshold=0.9), fill="catch_up"), "fill='catch_up' does not"),
-        (Plan(evict=TopK(scorer=Recency(), budget=6)), "which a cache that evicts does not"),
-        (Plan(select=TopK(scorer=Quest(page_size=2), budget=6, dense_layers=2)), "keep no summaries of pages"),
-    ],
-    ids=["skips", "mask", "catch_up", "evicts", "selects"],
-)
-def test_a_plan_that_it_cannot_run_is_refused_or_left_to_others(shallow, plan, message):
-    model, stacked = shallow
+REFUSED = {
+    "skips": (Plan(depth=DepthDecay()), "cannot skip by token"),
+    "mask": (Plan(depth=Saturation(threshold=0.9), fill="mask"), "fill='mask' does not"),
+    "catch_up": (Plan(depth=Saturation(threshold=0.9), fill="catch_up"), "fill='catch_up' does not"),
+    "evicts": (Plan(evict=TopK(scorer=Recency(), budget=6)), "which a cache that evicts does not"),
+    "selects": (
+        Plan(select=TopK(scorer=Quest(page_size=2), budget=6, dense_layers=2)),
+        "keep no summaries of pages",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_plan_that_it_cannot_run_is_refused(shallow, name):
+    plan, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
-        generate(stacked, [1, 2], plan, max_new_tokens=2, driver="indexed")
+        generate(shallow[1], [1, 2], plan, max_new_tokens=2, driver="indexed")
+
+
+# Others are chosen by what the refusal above returns, whatever it says: one for depths and one for caches by default.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("mask", "selects"))) for n in REFUSED]
+)
+def test_a_plan_that_it_cannot_run_is_left_to_others(shallow, name):
+    model, stacked = shallow
+    plan, _ = REFUSED[name]
     want = generate(model, PROMPTS[:1], plan, max_new_tokens=4)
     np.testing.assert_array_equal(generate(stacked, PROMPTS[:1], plan, max_new_tokens=4).tokens, want.tokens)
 

@@ -18,9 +18,9 @@ from tests.test_plan_laws import NAMES, at_work
 B, T, STEPS, V = 8, 7, 6, 64
 LENGTHS = np.array([7, 4, 5, 6, 1, 3, 2, 7])
 MESHES = {f"{data}x{tensor}": {"data": data, "tensor": tensor} for data, tensor in ((8, 1), (4, 2), (2, 4), (1, 8))}
-# Some plans on a mesh that splits key/value heads, and two on one with more devices than there are.
-QUICK = {"exit_confidence", "evict_h2o", "select_quest"}
-QUICK = {*((name, "2x4") for name in QUICK), ("exit_confidence", "1x8"), ("select_quest", "1x8")}
+# One plan on a mesh that splits key/value heads, and one on one with more devices than there are; exits on a mesh are
+# also in tests/models/test_mesh_model.py.
+QUICK = {("evict_h2o", "2x4"), ("select_quest", "1x8")}
 CASES = [
     pytest.param(name, mesh, id=f"{name}-{mesh}", marks=[pytest.mark.slow] * ((name, mesh) not in QUICK))
     for name in NAMES

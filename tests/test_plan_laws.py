@@ -44,9 +44,10 @@ STATIC = {name for name in NAMES if PLANS[name].depth.static_layers(L) is not No
 ALIKE = {name for name in NAMES if name.startswith(("evict_", "select_", "sparse_"))}
 ALIKE -= {"evict_h2o", "select_quest", "select_shadow_kv", "sparse_a_shape"}
 ALIKE |= {f"exit_{rule}" for rule in ("budget", "calm", "capped", "entropy", "half", "margin", "mue", "saturation")}
-ALIKE |= {"decay_linear", "exit_patience", "skip_middle"}
-ALONE = ("decay_power", "dense", "exit_catch_up", "exit_confidence_masked", "exit_first_of")  # one of each kind
-COMPACT = ("decay_power", "exit_confidence")
+ALIKE |= {"decay_linear", "exit_confidence", "exit_patience", "skip_middle"}  # exit_first_of asks both of those exits
+ALONE = ["decay_power", "exit_catch_up", "exit_first_of"]  # one of each kind; the others run rows as these do
+ALONE += [pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "exit_confidence_masked")]
+COMPACT = ("decay_power", "exit_confidence", "exit_first_of")
 # What a sparsity policy reads little of a short prompt with, and what it then reads everything with.
 FEW = {shape: {"sinks": 1, "window": 2, "block_size": 1} for shape in (sparse.AShape, sparse.TriShape)}
 FEW[sparse.TriShape]["last"] = 1

@@ -61,7 +61,12 @@ def power_seen(layer, query, key):
     return (layer % 3 < 1) | (key < 4) | np.isin(distance, [0, 1, 2, 4])
 
 
-@pytest.mark.parametrize(("policy", "seen"), [(A_SHAPE, a_shape_seen), (POWER, power_seen)], ids=["a_shape", "power"])
+# The mask of power is also held to prompts with windows, below.
+@pytest.mark.parametrize(
+    ("policy", "seen"),
+    [(A_SHAPE, a_shape_seen), pytest.param(POWER, power_seen, marks=pytest.mark.slow)],
+    ids=["a_shape", "power"],
+)
 def test_a_sparse_prompt_is_masked_attention(tiny_model, policy, seen):
     want = masked_logits(tiny_model, seen)
     logits, _ = run(tiny_model, Plan(sparsity=policy))
@@ -103,11 +108,11 @@ def windowed(window):
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan(),
-        Plan(sparsity=A_SHAPE),
+        pytest.param(Plan(), marks=pytest.mark.slow),  # queries of "quest" and of one layer of "power" see everything
+        pytest.param(Plan(sparsity=A_SHAPE), marks=pytest.mark.slow),  # as "mask", and part of "tri_shape"
         Plan(sparsity=TRI_SHAPE),
         Plan(sparsity=POWER, depth=ExitAt(layer=4)),
-        Plan(depth=SkipLayers(layers=(2, 3), prompt=True)),
+        pytest.param(Plan(depth=SkipLayers(layers=(2, 3), prompt=True)), marks=pytest.mark.slow),  # as "power" skips
         Plan(sparsity=A_SHAPE, depth=every(Confidence(threshold=0.5), step=2), fill="mask"),
         Plan(select=TopK(scorer=Quest(page_size=2), budget=8, sinks=0)),
     ],

@@ -34,7 +34,7 @@ class EndAt(DepthPolicy):
         return (2,)
 
 
-@pytest.mark.parametrize("driver", ["segments", "masked", "scan"])
+@pytest.mark.parametrize("driver", ["segments", pytest.param("masked", marks=pytest.mark.slow), "scan"])
 def test_an_ended_text_gets_no_token_and_leaves_the_others_alone(tiny_model, driver):
     dense = generate(tiny_model, PROMPT, max_new_tokens=6)
     ended = generate(tiny_model, PROMPT, Plan(depth=EndAt(at_B=jnp.array([2, 99, 5]))), max_new_tokens=6, driver=driver)

@@ -95,7 +95,16 @@ def theirs(request):
     return random_model() if request.param == "functions" else Language(nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("fill", ["propagate", "mask"])
+@pytest.mark.parametrize(
+    ("theirs", "fill"),
+    [
+        ("functions", "propagate"),
+        ("nnx", "mask"),
+        pytest.param("functions", "mask", marks=pytest.mark.slow),
+        pytest.param("nnx", "propagate", marks=pytest.mark.slow),
+    ],
+    indirect=["theirs"],
+)
 def test_an_exit_plan_with_a_full_budget_is_dense(theirs, fill):
     prompts, lengths = np.random.default_rng(0).integers(0, 61, (2, 5)), [5, 3]
 
@@ -111,6 +120,8 @@ def test_an_exit_plan_with_a_full_budget_is_dense(theirs, fill):
     assert saving.stats.needed.min() < 5
 
 
+# Read and written as in the test above, whatever the model is made of.
+@pytest.mark.parametrize("theirs", ["nnx", pytest.param("functions", marks=pytest.mark.slow)], indirect=True)
 def test_teacher_forcing_and_a_static_schedule(theirs):
     plan, prompt = dyninf.Plan(depth=UnifiedSkip(speedup=2.0)), jnp.array([[7, 2, 9, 4]])
     out = dyninf.generate(theirs, prompt, plan, max_new_tokens=6)

@@ -28,7 +28,7 @@ def expected(loaded, plan, key=0):
     return ids, [int(token) for token in made.tokens[0] if token > 0], made
 
 
-@pytest.mark.parametrize("plan", ["dense", "exit_half"])
+@pytest.mark.parametrize("plan", [pytest.param("dense", marks=pytest.mark.slow), "exit_half"])
 def test_text_and_numbers_are_those_of_the_library(plan, folder, loaded, capsys):
     ids, tokens, made = expected(loaded, plans(4)[plan])
     status, out, err = generate(folder, capsys, "--prompt", PROMPT, "--plan", plan)

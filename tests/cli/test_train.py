@@ -1,7 +1,6 @@
 """The command train; the loop itself has tests of its own."""
 
 import itertools
-import os
 import signal
 import subprocess
 import sys
@@ -142,7 +141,6 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
     program += "from dyninf.cli import main; raise SystemExit(main())"
     with subprocess.Popen(
         [sys.executable, "-c", program, "train", str(source), "--run", str(run), *changes],
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
         stderr=subprocess.PIPE,
         text=True,
     ) as process:

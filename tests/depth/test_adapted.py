@@ -67,7 +67,7 @@ def test_a_created_policy_never_leaves_and_its_heads_do_nothing():
     assert policy.decision_layers(6) == (2, 3, 4, 5)
 
 
-@pytest.mark.parametrize("driver", ["segments", "masked", "scan"])
+@pytest.mark.parametrize("driver", ["segments", pytest.param("masked", marks=pytest.mark.slow), "scan"])
 def test_the_adapted_state_is_what_is_read_out(roll, driver):
     """Only the last token of each text decides: the others are prompt, so that dense states say what it must get."""
     policy = AdaptedExit.create(jax.random.key(0), 6, 24, 5, first=2)

@@ -45,11 +45,15 @@ def walk(policy, predictions, num_layers=9, *, traced=False):
     """The first layer at which one token exits when the logits before layer l favour ``predictions[l]``."""
     # The token before left a prediction of 3 that never changed, which must not count for this one.
     state = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3), policy.init((1, 1)))
+
+    def ask(policy, state, layer, probs):
+        return consult(policy, state, observe(layer, probs, num_layers=num_layers))
+
+    ask = jax.jit(ask) if traced else ask
     for layer in range(num_layers):
         probs = np.full((1, 9), 0.05)
         probs[0, predictions[layer]] = 0.6
-        index = jnp.int32(layer) if traced else layer
-        action, state = consult(policy, state, observe(index, probs, num_layers=num_layers))
+        action, state = ask(policy, state, layer, probs)
         if int(action[0, 0]) == EXIT:
             return layer
     return num_layers

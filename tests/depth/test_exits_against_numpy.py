@@ -162,7 +162,7 @@ def never(*_):
 
 ALL = tuple(range(1, L))
 # Their parts stand in cases beside them: in slow runs.
-ALIKE = ("margin", "entropy", "patience_every_2", "first_of")
+ALIKE = ("dense", "max_prob", "margin", "entropy", "patience_every_2", "first_of", "exit_at")
 CASES = {
     "dense": (Plan(), never, (), nothing),
     "max_prob": (Plan(depth=Confidence(threshold=0.9)), confident("max_prob", 0.9), ALL, nothing),

@@ -41,7 +41,8 @@ NOTHING = {  # the setting that runs every layer
 }
 
 
-@pytest.fixture(scope="module", params=POLICIES)
+# The gate of "meta" is the one of "adapted"; tests/depth/test_meta.py runs it alone.
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * (n == "meta")) for n in POLICIES])
 def name(request):
     return request.param
 
@@ -93,7 +94,8 @@ def test_neighbours_and_padding_change_nothing(roll, name, prompts, base):
     np.testing.assert_array_equal(got.stats.needed[:, 1], base.stats.needed[:, 1])
 
 
-@pytest.mark.parametrize("name", ["adapted", "stop"], indirect=True)
+# "stop" also ends texts, whose rows are left out.
+@pytest.mark.parametrize("name", [pytest.param("adapted", marks=pytest.mark.slow), "stop"], indirect=True)
 def test_gathered_rows_decide_the_same(roll, name, prompts, base):
     got = roll(Plan(depth=POLICIES[name]), prompts, LENGTHS, driver=Compact(capacity=1))
     np.testing.assert_array_equal(got.tokens, base.tokens)

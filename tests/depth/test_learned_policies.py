@@ -83,7 +83,15 @@ def test_new_weights_are_not_traced_again(roll, name, prompts, base):
     assert roll.traces == before
 
 
-@pytest.mark.parametrize("driver", ["masked", "scan"])
+@pytest.mark.parametrize(
+    ("name", "driver"),
+    [
+        pytest.param(name, driver, marks=[pytest.mark.slow] * (driver == "scan" and name != "candidates"))
+        for name in PLANS
+        for driver in ("masked", "scan")
+    ],
+    indirect=["name"],
+)
 def test_the_drivers_agree_and_keep_the_types_of_the_state(roll, tiny_model, name, prompts, base, driver):
     assert_same(roll(PLANS[name], prompts, LENGTHS, driver=driver), base)
     step = functools.partial(decode_step, driver=driver)

@@ -73,7 +73,7 @@ def test_a_created_policy_skips_nothing_and_can_be_trained():
         assert np.isfinite(leaf).all() and np.abs(leaf[2]).max() > 0 and not np.delete(leaf, 2, 0).any()
 
 
-@pytest.mark.parametrize("driver", ["segments", "masked", "scan"])
+@pytest.mark.parametrize("driver", ["segments", pytest.param("masked", marks=pytest.mark.slow), "scan"])
 def test_a_token_that_skips_takes_on_the_adapters_output(roll, driver):
     """Always through the adapters of layers 2 and 4, which turn the state; a mask keeps keys out of the question."""
     policy = DepthShortcut.create(jax.random.key(0), 6, 24, 5)

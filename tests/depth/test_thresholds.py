@@ -108,7 +108,11 @@ def test_what_does_not_fit_is_refused(tiny_model, policy, message):
         check(Plan(depth=policy), tiny_model)
 
 
-@pytest.mark.parametrize("sweep", [np.linspace(0.1, 0.95, 8), jnp.linspace(0.1, 1, 8)], ids=["numpy", "jax"])
+@pytest.mark.parametrize(
+    "sweep",
+    [np.linspace(0.1, 0.95, 8), pytest.param(jnp.linspace(0.1, 1, 8), marks=pytest.mark.slow)],
+    ids=["numpy", "jax"],
+)
 def test_a_sweep_of_eight_thresholds_is_traced_once(tiny_model, sweep):
     traced = []
 

@@ -165,7 +165,7 @@ def test_layers_share_the_scores_of_the_first(roll):
 @pytest.mark.parametrize(
     ("depth", "driver"),
     [
-        pytest.param(EXITS, "masked", id="exits-masked"),
+        pytest.param(EXITS, "masked", id="exits-masked", marks=pytest.mark.slow),
         pytest.param(EXITS, Compact(capacity=2), id="exits-compact"),
         pytest.param(UnifiedSkip(speedup=2.0), "masked", id="skips-masked"),
         pytest.param(UnifiedSkip(speedup=2.0), Compact(capacity=2), id="skips-compact", marks=pytest.mark.slow),

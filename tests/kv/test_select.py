@@ -136,8 +136,14 @@ def test_a_window_is_selected_from_what_it_shows():
     )
 
 
-@pytest.mark.parametrize("name", SELECTING)
-@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("name", "page_size"),
+    [
+        pytest.param(name, size, marks=[pytest.mark.slow] * (size != 4 and name != "select_quest"))
+        for size in (1, 4, 16)
+        for name in SELECTING
+    ],
+)
 def test_sinks_and_recent_tokens_are_read(name, page_size):
     """The law, whatever the scores: at every length, the slots of the chosen pages hold them."""
     scorer = dataclasses.replace(SELECTING[name].scorer, page_size=page_size)
@@ -203,7 +209,13 @@ def test_a_state_rolled_back_goes_on_exactly(roll):
         np.testing.assert_array_equal(logits, first.logits[:, step + 1])
 
 
-def test_poison_in_unused_pages_changes_nothing(roll):
+@pytest.mark.parametrize(
+    "scorer",
+    # Votes are taken of means.
+    [Quest(page_size=2), TokenSelect(page_size=2), pytest.param(PageMean(page_size=2), marks=pytest.mark.slow)],
+    ids=["bounds", "votes", "means"],
+)
+def test_poison_in_unused_pages_changes_nothing(roll, scorer):
     def poison(state, step):
         layers = []
         for cache in state.cache.layers:
@@ -214,10 +226,9 @@ def test_poison_in_unused_pages_changes_nothing(roll):
         return roll.poison(state, roll.empty(state))
 
     prompts, lengths = np.random.default_rng(4).integers(0, 61, (3, 7)), np.array([7, 4, 5])
-    for scorer in (Quest(page_size=2), PageMean(page_size=2), TokenSelect(page_size=2)):
-        plan = Plan(select=TopK(scorer=scorer, budget=6, sinks=1))
-        want = roll(plan, prompts, lengths)
-        np.testing.assert_array_equal(roll(plan, prompts, lengths, edit=poison).logits, want.logits)
+    plan = Plan(select=TopK(scorer=scorer, budget=6, sinks=1))
+    want = roll(plan, prompts, lengths)
+    np.testing.assert_array_equal(roll(plan, prompts, lengths, edit=poison).logits, want.logits)
 
 
 def test_a_budget_of_the_whole_cache_is_the_dense_program(roll):

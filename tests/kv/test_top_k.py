@@ -51,7 +51,13 @@ class Head:
 
 
 @pytest.mark.parametrize(
-    ("budget", "sinks", "recent"), [(6, 0, 1), (6, 2, 2), (5, 2, 3), (1, 0, 1), (15, 1, 1), (40, 4, 1)]
+    ("budget", "sinks", "recent"),
+    [
+        (5, 2, 3),
+        (1, 0, 1),
+        (40, 4, 1),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((6, 0, 1), (6, 2, 2), (15, 1, 1))),
+    ],
 )
 def test_what_is_kept_is_what_numpy_keeps(rng, tiny_model, budget, sinks, recent):
     table = rng.permutation(B * (T + STEPS) * K).reshape(B, T + STEPS, K).astype(np.float32)

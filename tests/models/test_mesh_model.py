@@ -89,7 +89,7 @@ def test_generation_is_that_of_one_device(plan, even_model, prompts):
     np.testing.assert_array_equal(tokens, np.asarray(want.tokens)[:, : tokens.shape[1]])
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_batches_that_do_not_divide_are_computed_all_the_same(batch, even_model, prompts):
     want = generate(even_model, prompts[:batch], max_new_tokens=4)
     got = generate(laid_out(even_model, data=2, tensor=4), prompts[:batch], max_new_tokens=4)

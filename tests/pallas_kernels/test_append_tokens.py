@@ -126,8 +126,16 @@ def test_bad_input_is_refused(rng, change, message):
         append_tokens(*make(rng, SLOTS["one"], "bounds"), **options)
 
 
-@pytest.mark.parametrize("kind", ["mean", "bounds"])
-@pytest.mark.parametrize(("slots", "together"), [("crossing", 3), ("outside", 1), ("one", 1)])
+@pytest.mark.parametrize(
+    ("slots", "together", "kind"),
+    [
+        ("crossing", 3, "mean"),
+        ("outside", 1, "bounds"),
+        ("one", 1, "mean"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("crossing", 3, "bounds"), ("one", 1, "bounds"))),
+        pytest.param("outside", 1, "mean", marks=pytest.mark.slow),
+    ],
+)
 def test_the_tpu_kernel_interpreted(rng, slots, together, kind):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 

@@ -80,7 +80,7 @@ def make(case, rng):
 
 
 @pytest.mark.skipif(jax.__version_info__ < dispatch.MOSAIC_GPU_JAX, reason="Mosaic GPU kernels need jax 0.11.2")
-@pytest.mark.parametrize("name", ["short", "odd", "between"])
+@pytest.mark.parametrize("name", ["odd", *(pytest.param(n, marks=pytest.mark.slow) for n in ("short", "between"))])
 def test_lowers_for_cuda(rng, name):
     case = CASES[name]
     (q, k, v), index, lengths = make(case, rng)

@@ -40,7 +40,7 @@ def test_slots_are_those_of_loops(rng, kept):
 
 
 @needs_mosaic_gpu
-@pytest.mark.parametrize("apart", [False, True], ids=["overlapping", "apart"])
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["overlapping", "apart"])
 def test_the_kernel_interpreted(rng, apart):
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
     from jax.experimental.pallas import mosaic_gpu as plgpu

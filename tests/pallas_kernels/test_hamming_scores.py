@@ -61,7 +61,11 @@ def test_scores_by_hand():
     np.testing.assert_array_equal(run(reduce="sum"), [[[-4, -4, -np.inf]]])
 
 
-@pytest.mark.parametrize(("sizes", "cores"), [((3, 2, 3, 1100), 2), ((1, 3, 1, 7), 1), ((2, 9, 2, 512), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "cores"),
+    [((3, 2, 3, 1100), 2), ((1, 3, 1, 7), 1), pytest.param((2, 9, 2, 512), 1, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_the_tpu_kernel_interpreted(rng, sizes, cores):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 

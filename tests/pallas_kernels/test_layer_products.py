@@ -62,7 +62,7 @@ def interpreted(monkeypatch, capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 17, 64])
+@pytest.mark.parametrize("rows", [17, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 8, 64))])
 def test_kernel_against_numpy(rng, interpreted, rows):
     inputs = arrays(rng, rows)
     for layer in (0, L - 1):
@@ -194,7 +194,7 @@ def weight_sized(text, num_bytes):
     return found
 
 
-@pytest.mark.parametrize("tpu", TPUS)
+@pytest.mark.parametrize("tpu", [*(pytest.param(n, marks=pytest.mark.slow) for n in TPUS[:3]), TPUS[3]])
 def test_a_loop_over_layers_reads_each_weight_once_and_copies_none(tpu):
     compiled, layer_bytes, least = compile_for(tpu, "mosaic_tpu")
     assert weight_sized(compiled.as_text(), least) == []
@@ -203,7 +203,11 @@ def test_a_loop_over_layers_reads_each_weight_once_and_copies_none(tpu):
     assert layer_bytes < compiled.cost_analysis()["bytes accessed"] < 1.02 * layer_bytes
 
 
-@pytest.mark.parametrize(("rows", "dtype"), [(1, jnp.bfloat16), (64, jnp.float32)], ids=["one", "most"])
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [(1, jnp.bfloat16), pytest.param(64, jnp.float32, marks=pytest.mark.slow)],
+    ids=["one", "most"],
+)
 def test_the_fewest_and_the_most_rows_compile(rows, dtype):
     compiled, layer_bytes, _ = compile_for("v5e:2x2", "mosaic_tpu", rows=rows, dtype=dtype)
     assert layer_bytes < compiled.cost_analysis()["bytes accessed"] < 1.05 * layer_bytes

@@ -101,8 +101,17 @@ def test_a_step_by_hand():
     np.testing.assert_allclose(threshold, [0.6035534], rtol=1e-6)
 
 
-@pytest.mark.parametrize("chunk_bytes", [0, 2**26], ids=["chunks", "whole"])
-@pytest.mark.parametrize("count", [1, 7, reference.LEAST_CHUNK + 1])
+@pytest.mark.parametrize(
+    ("count", "chunk_bytes"),
+    [
+        (1, 2**26),
+        (7, 0),
+        (reference.LEAST_CHUNK + 1, 0),
+        (reference.LEAST_CHUNK + 1, 2**26),
+        pytest.param(1, 0, marks=pytest.mark.slow),
+        pytest.param(7, 2**26, marks=pytest.mark.slow),
+    ],
+)
 def test_a_prompt_merges_as_loops_merge_it(rng, monkeypatch, count, chunk_bytes):
     """Two sequences, of which one evicts fewer tokens and has slots that hold nothing."""
     monkeypatch.setattr(reference, "CHUNK_BYTES", chunk_bytes)
@@ -149,6 +158,9 @@ def test_a_prompt_that_evicts_nothing_stays(rng):
         np.testing.assert_array_equal(one, other)
 
 
+LOWERED = (((512, 8, 128), jnp.bfloat16), ((64, 1, 64), jnp.float16))  # by default
+
+
 def hopper(cores):
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=cores)
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
@@ -157,7 +169,11 @@ def hopper(cores):
 @needs_mosaic_gpu
 @pytest.mark.parametrize(
     ("sizes", "dtype", "cores"),
-    [((136, 2, 64), jnp.bfloat16, 1), ((72, 1, 128), jnp.float16, 1), ((328, 1, 64), jnp.float16, 6)],
+    [
+        ((136, 2, 64), jnp.bfloat16, 1),
+        pytest.param((72, 1, 128), jnp.float16, 1, marks=pytest.mark.slow),
+        ((328, 1, 64), jnp.float16, 6),
+    ],
     ids=str,
 )
 def test_the_kernels_interpreted(rng, sizes, dtype, cores):
@@ -171,8 +187,15 @@ def test_the_kernels_interpreted(rng, sizes, dtype, cores):
 
 
 @needs_mosaic_gpu
-@pytest.mark.parametrize("sizes", [(512, 8, 128), (64, 1, 64), (4104, 2, 256)], ids=str)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        pytest.param(sizes, dtype, marks=[pytest.mark.slow] * ((sizes, dtype) not in LOWERED))
+        for sizes in ((512, 8, 128), (64, 1, 64), (4104, 2, 256))
+        for dtype in (jnp.bfloat16, jnp.float16)
+    ],
+    ids=str,
+)
 def test_the_kernels_lower_for_cuda(sizes, dtype):
     shapes = jax.eval_shape(lambda: make(np.random.default_rng(0), *sizes, dtype))
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]

@@ -87,7 +87,7 @@ def test_parts_of_a_vocabulary_are_merged_by_hand():
 
 @pytest.mark.parametrize("tokens", [None, (40, 60, 3, 17, 0), (5,)], ids=["all", "some", "one"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["VD", "DV"])
-@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.slow), 70])
 def test_reference_against_numpy(rng, rows, transposed, tokens):
     x, scale, matrix = (rng.normal(size=shape).astype(np.float32) for shape in [(rows, 24), (24,), (61, 24)])
     scale = 0.5 + np.abs(scale)
@@ -164,7 +164,7 @@ def test_the_tpu_kernel_interpreted(rows, num_tokens, transposed, dtype):
     ("rows", "num_tokens", "d_model", "transposed", "blocks"),
     [
         (9, 584, 64, False, 1),  # 5 tiles of 128, the last of 72
-        (3, 320, 128, True, 2),  # 3 tiles of 128, the last of 64
+        pytest.param(3, 320, 128, True, 2, marks=pytest.mark.slow),  # 3 tiles of 128, the last of 64
         (40, 576, 64, True, 2),  # 3 tiles of 256 for two readers, the last of 64 all for one of them
     ],
 )
@@ -203,7 +203,7 @@ def test_the_tpu_kernel_compiles_and_keeps_no_logits(transposed, topology):
 
 @needs_mosaic_gpu
 @pytest.mark.parametrize("transposed", [False, True], ids=["VD", "DV"])
-@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("rows", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8)), 64])
 def test_the_gpu_kernel_lowers_for_cuda_and_keeps_no_logits(rows, transposed):
     from pallas_kernels.readout import mosaic_gpu
 

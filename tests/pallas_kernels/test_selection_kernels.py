@@ -89,22 +89,28 @@ INTERPRETED = {
     "pages_of_16": {"heads": 4, "page": 16, "entries": 9, "dim": 64},
     "pages_of_128": {"heads": 2, "page": 128, "entries": 2, "dim": 256, "window": 70},
 }
+QUICK = ("group_of_three", "pages_of_16")  # all slots and pages; the others in slow runs
 
 
 @needs_mosaic_gpu
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in INTERPRETED])
 def test_attention_interpreted(rng, name):
     sizes = dict(INTERPRETED[name])
     window = sizes.pop("window", None)
     run = jax.jit(functools.partial(attention_kernel.decode_attention, window=window, cores=0))
-    with interpreted(races=name == "dense"):
+    with interpreted(races=name in ("dense", "group_of_three")):
         assert_reads(run, read_case(rng, **sizes), window)
 
 
 @needs_mosaic_gpu
 @pytest.mark.parametrize(
     "sizes",
-    [{}, {"page": 16}, {"dim": 256, "tokens": 8, "page": 64}, {"dim": 64, "batch": 40}],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"page": 16}, marks=pytest.mark.slow),
+        {"dim": 256, "tokens": 8, "page": 64},
+        pytest.param({"dim": 64, "batch": 40}, marks=pytest.mark.slow),
+    ],
     ids=["dense", "pages", "eight_tokens", "many"],
 )
 def test_attention_lowers_for_cuda(rng, sizes):
@@ -176,7 +182,9 @@ def test_scores_interpreted(rng, kind, reduce, tokens):
 
 @needs_mosaic_gpu
 @pytest.mark.parametrize(
-    "sizes", [{"dim": 128}, {"dim": 256, "tokens": 4}, {"kind": "mean", "dim": 64}], ids=["128", "256", "mean"]
+    "sizes",
+    [pytest.param({"dim": 128}, marks=pytest.mark.slow), {"dim": 256, "tokens": 4}, {"kind": "mean", "dim": 64}],
+    ids=["128", "256", "mean"],
 )
 def test_scores_lower_for_cuda(rng, sizes):
     for reduce in ("max", "vote"):

@@ -75,7 +75,7 @@ READS = {
 }
 
 
-@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "float32")) for n in READS])
 def test_attention_interpreted(rng, name):
     sizes, window, cores = READS[name]
     q, k, v, positions, index = read_case(rng, **sizes)

@@ -59,7 +59,6 @@ def start(tmp_path_factory, config, recipe):
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
     described = [json.dumps(dataclasses.asdict(value)) for value in (config, recipe)]
 

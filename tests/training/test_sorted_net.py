@@ -51,7 +51,9 @@ def masked():
     return run
 
 
-@pytest.mark.parametrize(("depth", "width"), [(2, 0.5), (3, 0.3), (1, 1.0)], ids=str)
+@pytest.mark.parametrize(
+    ("depth", "width"), [(2, 0.5), pytest.param(3, 0.3, marks=pytest.mark.slow), (1, 1.0)], ids=str
+)
 def test_masked_is_extracted(model, tokens, masked, depth, width):
     state, entropy, grads = masked(model, tokens, sub_networks(CONFIG, (depth,), (width,))[0])
 

@@ -146,9 +146,9 @@ def test_a_dropped_layer_passes_on_its_input_for_its_sequence_only(model, tokens
 @pytest.mark.parametrize(
     "changes",
     [
-        {"exit_curriculum": "rotational"},
+        pytest.param({"exit_curriculum": "rotational"}, marks=pytest.mark.slow),  # as "continued", with other scales
         {"exit_curriculum": "gradual"},
-        {"exit_curriculum": "none"},
+        pytest.param({"exit_curriculum": "none"}, marks=pytest.mark.slow),  # as "gradual" in the end
         {"exit_curriculum": "rotational", "exit_scale": "linear", "dropout_schedule": "constant"},
     ],
     ids=["rotational", "gradual", "none", "continued"],
