@@ -9,6 +9,7 @@ from pallas_kernels.partition import per_device
 
 COMPACT_CACHE = (
     kernel("compact_cache", "mosaic_gpu", "compact_cache"),
+    kernel("compact_cache", "mosaic_tpu", "compact_cache"),
     Implementation(name="xla", refuse=reference.refuse, run=reference.compact_cache),
 )
 
@@ -24,8 +25,8 @@ def compact_cache(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the cache with the given slots of every key/value head in its first M slots, in their order.
 
-    Slots from M on keep what they held. Cost: reads and writes the M chosen slots, nothing else; in place where the
-    arrays are donated.
+    Slots from M on keep what they held. Cost: reads and writes the M chosen slots, nothing else (on TPUs in bfloat16
+    reads each with its neighbor, twice the bytes); in place where the arrays are donated.
 
     Args:
         k, v: the cache of a layer ``[B, S, K, H]``, or the stacked caches of all layers ``[L, B, S, K, H]``.
@@ -47,7 +48,8 @@ def compact_cache(
         raise ValueError(f"expected k, v [B, S, K, H] and slots [B, K, M] of int32, {shapes}")
     if not 1 <= kept <= slots:
         raise ValueError(f"expected 1 to {slots} slots to keep, got {kept}")
-    facts = {"platform": platform(), "capability": capability(), "dtype": k.dtype, "head_dim": dim, "kept": kept}
+    facts = {"platform": platform(), "capability": capability(), "dtype": k.dtype, "value_dtype": v.dtype}
+    facts |= {"head_dim": dim, "num_kv": num_kv, "num_slots": slots, "kept": kept}
     chosen = choose("compact_cache", COMPACT_CACHE, implementation, **facts)
     stacked = (k, v) if layer is not None else (k[None], v[None])
     found = chosen.run(*stacked, slots_BKM, jnp.int32(0) if layer is None else layer)

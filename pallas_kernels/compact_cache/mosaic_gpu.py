@@ -40,7 +40,7 @@ class Geometry:
         return self.kept // UNIT
 
 
-def refuse(*, platform: str, capability: str | None, dtype: Any, head_dim: int, kept: int) -> str | None:
+def refuse(*, platform: str, capability: str | None, dtype: Any, head_dim: int, kept: int, **_: Any) -> str | None:
     """Return why the kernel cannot serve, or ``None``."""
     if reason := refuse_unless_hopper(platform, capability) or refuse_keys(dtype, head_dim):
         return reason
