@@ -68,7 +68,7 @@ def test_the_kernel_adds_in_the_order_of_the_devices(rng, capfd, monkeypatch, ax
     axes = AXES[axes]
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(*axes.values()), tuple(axes))
     parts, residual = draw(rng, axes["tensor"], rows, width, dtype)
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, vector_clock_size=128)):
         got = jax.block_until_ready(jax.jit(on(mesh, implementation="mosaic_tpu"))(parts, residual))
     assert "RACE DETECTED" not in capfd.readouterr().out
     want = np.asarray(numpy_sum(parts, residual), np.float32)

@@ -142,7 +142,7 @@ def test_the_tpu_kernel_interpreted(rng, slots, together, kind):
     dtype = jnp.float32 if slots == "one" else jnp.bfloat16
     arrays = make(rng, SLOTS[slots], kind, dtype, head_dim=128)
     want = refer(*arrays, jnp.int32(1), kind=kind, page_size=PAGE)
-    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    params = pltpu.InterpretParams(detect_races=True, vector_clock_size=128, uninitialized_memory="nan")
     about = {"kind": kind, "page_size": PAGE, "together": together, "interpret": params}
     got = jax.block_until_ready(jax.jit(functools.partial(mosaic_tpu.append_tokens, **about))(*arrays, jnp.int32(1)))
     assert not interpret_pallas_call.races.races_found

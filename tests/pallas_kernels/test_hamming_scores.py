@@ -69,7 +69,9 @@ def test_scores_by_hand():
 def test_the_tpu_kernel_interpreted(rng, sizes, cores):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
-    params = pltpu.InterpretParams(num_cores_or_threads=cores, detect_races=True, uninitialized_memory="nan")
+    params = pltpu.InterpretParams(
+        num_cores_or_threads=cores, detect_races=True, vector_clock_size=128, uninitialized_memory="nan"
+    )
     for reduce in ("max", "sum"):
         run = jax.jit(functools.partial(mosaic_tpu.hamming_scores, reduce=reduce, tile=512, interpret=params))
         assert_scores(lambda *arrays, run=run: run(*arrays, jnp.int32(1)), *make(rng, *sizes), reduce)

@@ -57,7 +57,7 @@ def interpreted(monkeypatch, capfd):
     """Interpret TPU kernels in blocks of 128 x 128, and fail when two accesses raced."""
     monkeypatch.setattr(mosaic_tpu, "MIN_BLOCK_BYTES", 2 * 128 * 128 * 4)
     monkeypatch.setattr(mosaic_tpu, "MAX_BLOCK_BYTES", 2 * 128 * 128 * 4)
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, vector_clock_size=128)):
         yield
     assert "RACE DETECTED" not in capfd.readouterr().out
 
@@ -115,7 +115,9 @@ def test_other_layers_are_not_read_and_the_index_is_clamped(rng, interpreted, im
 
 def test_two_cores_share_the_columns(rng, interpreted):
     x, _, _, _, down, hidden, _ = inputs = arrays(rng, 3)
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)):
+    with pltpu.force_tpu_interpret_mode(
+        pltpu.InterpretParams(detect_races=True, vector_clock_size=128, num_cores_or_threads=2)
+    ):
         got = project_add(hidden, down, x, 4, implementation="mosaic_tpu")
     np.testing.assert_allclose(got, numpy_three(*inputs, 4)[1], atol=2e-5)
 

@@ -150,7 +150,7 @@ def test_the_tpu_kernel_interpreted(rows, num_tokens, transposed, dtype):
     from pallas_kernels.readout import mosaic_tpu
 
     states, weights, logits = kernel_case(rows, num_tokens, 128, dtype, transposed)
-    interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    interpret = pltpu.InterpretParams(detect_races=True, vector_clock_size=128, num_cores_or_threads=2)
     run = functools.partial(mosaic_tpu.exit_readout, transposed=transposed, block=128, interpret=interpret)
     assert_kernel_reads(jax.block_until_ready(jax.jit(run)(states, weights)), logits)
     assert not interpret_pallas_call.races.races_found

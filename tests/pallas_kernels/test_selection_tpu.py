@@ -16,7 +16,7 @@ from pallas_kernels.page_scores import PAGE_SCORES
 from pallas_kernels.page_scores import mosaic_tpu as scores_kernel
 from tests.pallas_kernels.tpus import in_turn
 
-INTERPRET = {"detect_races": True, "uninitialized_memory": "nan"}
+INTERPRET = {"detect_races": True, "vector_clock_size": 128, "uninitialized_memory": "nan"}
 
 
 def interpreted(function, *arguments, cores=1, **options):

@@ -65,7 +65,7 @@ def test_the_tpu_kernel_interpreted(shape):
 
     from pallas_kernels.topk_pages import mosaic_tpu
 
-    interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    interpret = pltpu.InterpretParams(detect_races=True, vector_clock_size=128, num_cores_or_threads=2)
     assert_chooses(functools.partial(mosaic_tpu.topk_pages, interpret=interpret), *shape)
     assert not interpret_pallas_call.races.races_found
 
