@@ -10,10 +10,8 @@ that says so. Sequences leave at recorded depths in batches of as many as the re
 
 import argparse
 import contextlib
-import math
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
+from jax.sharding import Mesh
 
 from bench.depth import recorded_depths
 from bench.rendering import H200_COPY_GB_S
-from bench.timeline import read_kernels
+from bench.timeline import profile_steps
 from dyninf import Plan, depth, kv
 from dyninf.cli.bench import describe_run, shape_model, time_steps, write_row
 from dyninf.cli.common import DTYPES, read_mesh
-from dyninf.cli.decoding import decode_steps, random_state, time_prompt
+from dyninf.cli.decoding import time_prompt
 from dyninf.configs.models import shapes
 from dyninf.configs.plans import plans
 
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         for batch, context, name, plan in cases(stacked, arguments):
             row = {"bench": "scaling", "shape": arguments.shape, "dtype": arguments.dtype, "mesh": arguments.mesh}
             row |= {"stacked": stacked, "plan": name, "batch": batch, "context": context}
-            needed, had = held(arguments, batch, context), room()
+            needed, had = held(arguments, mesh, batch, context), room()
             if had is not None and needed > had:
                 write_row(row | {"needed_gib": needed / 2**30, "had_gib": had / 2**30}, arguments.jsonl)
                 continue
@@ -108,28 +107,19 @@ def collectives(model: Any, plan: Plan, batch: int, options: Any) -> float | Non
     """Return the milliseconds a step in which the first GPU runs, or waits in, a collective; ``None`` without GPUs."""
     if jax.default_backend() != "gpu":
         return None
-    key = jax.random.key(0)
-    make = lambda: random_state(model, plan, batch=batch, length=options.filled, capacity=options.context, key=key)  # noqa: E731
-    tokens_NB = jax.random.randint(key, (options.steps, batch), 0, model.config.vocab_size)
-    jax.block_until_ready(decode_steps(model, make(), plan, tokens_NB))
-    state = jax.block_until_ready(make())
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(decode_steps(model, state, plan, tokens_NB))
-        events = read_kernels(Path(folder))
+    sizes = {"batch": batch, "length": options.filled, "capacity": options.context}
+    events = profile_steps(model, plan, options.steps, **sizes)
     spent = sum(end - begin for name, begin, end in events if COLLECTIVES.search(name))
     return spent / 1e6 / options.steps
 
 
-def held(arguments: Any, batch: int, context: int) -> float:
+def held(arguments: Any, mesh: Mesh, batch: int, context: int) -> float:
     """Return the bytes of weights and cache that each device is to hold, of a batch that divides."""
-    config, axes = shapes()[arguments.shape], read_mesh(arguments.mesh).shape
-    itemsize = DTYPES[arguments.dtype].dtype.itemsize
-    tensor, devices = axes.get("tensor", 1), math.prod(axes.values())
+    config, itemsize = shapes()[arguments.shape], DTYPES[arguments.dtype].dtype.itemsize
     vocabulary = 2 * config.vocab_size * config.d_model * itemsize
     entry = 2 * config.num_kv_heads * config.head_dim * itemsize
     cache = config.num_layers * batch * context * entry
-    return (layer_bytes(arguments) + vocabulary) / tensor + cache / devices
+    return (layer_bytes(arguments) + vocabulary) / mesh.shape.get("tensor", 1) + cache / mesh.size
 
 
 def layer_bytes(arguments: Any) -> float:

@@ -12,13 +12,14 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
+from dyninf import DecodeState, Plan
 from dyninf.cli.bench import shape_model
 from dyninf.cli.common import DTYPES, add_layout_options, read_mesh
 from dyninf.cli.decoding import decode_steps, random_state
 from dyninf.cli.plan_options import read_plan
 from dyninf.configs.models import shapes
+from dyninf.model import CausalLM
 
 
 def main() -> int:
@@ -38,18 +39,27 @@ def main() -> int:
         parser.error(f"expected a GPU, whose kernels the profiler names, got {jax.default_backend()}")
     model = shape_model(arguments.shape, arguments.dtype, read_mesh(arguments.mesh), arguments.stacked)
     plan = read_plan(arguments.plan, arguments.changes, len(model.layers))
-    key = jax.random.key(0)
     sizes = {"batch": arguments.batch, "length": arguments.context // 2, "capacity": arguments.context}
-    start = random_state(model, plan, **sizes, key=key)
-    tokens_NB = jax.random.randint(key, (arguments.steps, arguments.batch), 0, model.config.vocab_size)
-    jax.block_until_ready(decode_steps(model, jax.tree.map(jnp.copy, start), plan, tokens_NB))
-    state = jax.block_until_ready(jax.tree.map(jnp.copy, start))
+    print_table(profile_steps(model, plan, arguments.steps, **sizes), arguments.steps, arguments.rows)
+    return 0
+
+
+def profile_steps(
+    model: CausalLM, plan: Plan, steps: int, *, batch: int, length: int, capacity: int
+) -> list[tuple[str, int, int]]:
+    """Return the kernels of a run of decode steps on random numbers, after one that compiles: :func:`read_kernels`."""
+    key = jax.random.key(0)
+    tokens_NB = jax.random.randint(key, (steps, batch), 0, model.config.vocab_size)
+
+    def start() -> DecodeState:  # made anew for each run, as two states may not fit in memory
+        return jax.block_until_ready(random_state(model, plan, batch=batch, length=length, capacity=capacity, key=key))
+
+    jax.block_until_ready(decode_steps(model, start(), plan, tokens_NB))
+    state = start()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(decode_steps(model, state, plan, tokens_NB))
-        events = read_kernels(Path(folder))
-    print_table(events, arguments.steps, arguments.rows)
-    return 0
+        return read_kernels(Path(folder))
 
 
 def read_kernels(folder: Path) -> list[tuple[str, int, int]]:

@@ -24,6 +24,7 @@ from dyninf.cli.common import (
     check_output,
     check_positive,
     default_dtype,
+    load_model,
     model_name,
     progress,
     read_mesh,
@@ -180,12 +181,11 @@ def _model(arguments: argparse.Namespace, dtype: str) -> tuple[str, models.Trans
         raise ValueError("expected --model or --shape, got both")
     if arguments.shape is not None and arguments.shape not in shapes():
         raise ValueError(f"expected a shape among {', '.join(shapes())}, got {arguments.shape!r}")
+    mesh, stacked = read_mesh(arguments.mesh), arguments.stacked
     if arguments.shape is not None:
-        return arguments.shape, shape_model(arguments.shape, dtype, read_mesh(arguments.mesh), arguments.stacked)
-    name, mesh = model_name(arguments.model), read_mesh(arguments.mesh)
-    model = models.load(name, dtype=DTYPES[dtype], mesh=mesh)
-    model = models.stack_for_decoding(model) if arguments.stacked else model
-    return name, model if mesh is None else models.on_mesh(model, mesh)
+        return arguments.shape, shape_model(arguments.shape, dtype, mesh, stacked)
+    name = model_name(arguments.model)
+    return name, load_model(name, dtype, mesh, stacked=stacked)
 
 
 def shape_model(shape: str, dtype: str, mesh: Mesh | None, stacked: bool) -> models.Transformer | models.MeshModel:

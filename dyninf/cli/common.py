@@ -83,12 +83,17 @@ def load(arguments: argparse.Namespace) -> Loaded:
     name = model_name(arguments.model)
     dtype = arguments.dtype or default_dtype()
     mesh = read_mesh(getattr(arguments, "mesh", None))
-    model = models.load(name, dtype=DTYPES[dtype], mesh=mesh)
-    model = models.stack_for_decoding(model) if getattr(arguments, "stacked", False) else model
-    model = model if mesh is None else models.on_mesh(model, mesh)
+    model = load_model(name, dtype, mesh, stacked=getattr(arguments, "stacked", False))
     with together():
         tokenizer = models.load_tokenizer(name)
     return Loaded(name=name, folder=model_folder(name), dtype=dtype, model=model, tokenizer=tokenizer)
+
+
+def load_model(name: str, dtype: str, mesh: Mesh | None, *, stacked: bool) -> models.Transformer | models.MeshModel:
+    """Load a model onto a mesh if there is one, with stacked layers if asked."""
+    model = models.load(name, dtype=DTYPES[dtype], mesh=mesh)
+    model = models.stack_for_decoding(model) if stacked else model
+    return model if mesh is None else models.on_mesh(model, mesh)
 
 
 def read_mesh(text: str | None) -> Mesh | None:
