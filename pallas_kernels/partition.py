@@ -65,6 +65,11 @@ def partitioned(
         yield
 
 
+def num_parts(mesh: Mesh, axes: Sequence[str]) -> int:
+    """Return in how many parts axes of a mesh split what they split."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def num_devices() -> int:
     """Return for how many devices the operation at hand is traced that JAX is to partition; 1 within a marked one."""
     where = _PARTITION.get()
@@ -96,13 +101,13 @@ def take_rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """
     where = _PARTITION.get()
     axes = () if where is None or where.one or where.width else where.vocab
-    shares = math.prod(where.mesh.shape[axis] for axis in axes) if axes else 1
+    shares = num_parts(where.mesh, axes) if axes else 1
     if shares == 1 or table_VD.shape[0] % shares:
         return table_VD[tokens_BT]
     rows = table_VD.shape[0] // shares
     split = PartitionSpec(
         *(
-            names if names and size % math.prod(where.mesh.shape[axis] for axis in names) == 0 else None
+            names if names and size % num_parts(where.mesh, names) == 0 else None
             for names, size in zip((where.batch, where.length), tokens_BT.shape, strict=True)
         )
     )
@@ -126,7 +131,7 @@ def parts() -> dict[str, int]:
     names = ("batch", "heads", "width")
     if where is None or where.one:
         return dict.fromkeys(names, 1)
-    return {name: math.prod(where.mesh.shape[axis] for axis in getattr(where, name)) for name in names}
+    return {name: num_parts(where.mesh, getattr(where, name)) for name in names}
 
 
 def device_numbers() -> list[int]:
@@ -168,7 +173,7 @@ def per_device(
 def _run(operation, where, arguments: dict[str, Any], outputs: str, prompts: bool, letters: dict[str, Any]) -> Any:
     """Run a marked operation inside ``shard_map``."""
     length = where.length if prompts and where.length else ()
-    if length and not is_whole_prompt(arguments, math.prod(where.mesh.shape[name] for name in length)):
+    if length and not is_whole_prompt(arguments, num_parts(where.mesh, length)):
         length = ()
     arrays = {name: value for name, value in arguments.items() if _holds_arrays(value)}
     rest = {name: value for name, value in arguments.items() if name not in arrays}
@@ -180,9 +185,8 @@ def _run(operation, where, arguments: dict[str, Any], outputs: str, prompts: boo
                 sizes.setdefault(letter, set()).add(size)
 
     def splitting(names: tuple[str, ...], *letters: str) -> tuple[str, ...]:
-        parts = math.prod(where.mesh.shape[name] for name in names)
         found = [size for letter in letters for size in sizes.get(letter, ())]
-        return names if found and all(size % parts == 0 for size in found) else ()
+        return names if found and all(size % num_parts(where.mesh, names) == 0 for size in found) else ()
 
     batch, heads = splitting(where.batch, "B"), splitting(where.heads, "N", "K")
     split = dict.fromkeys("NK", heads or None) | dict.fromkeys("TRS", length or None) | {"B": batch or None}

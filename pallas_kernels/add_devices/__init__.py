@@ -1,12 +1,10 @@
 """Add up what each device of a mesh has of a sum, and add that to the residual."""
 
-import math
-
 import jax
 
 from pallas_kernels.add_devices import reference
 from pallas_kernels.dispatch import Implementation, choose, kernel, platform
-from pallas_kernels.partition import sharing
+from pallas_kernels.partition import num_parts, sharing
 
 ADD_DEVICES = (
     kernel("add_devices", "mosaic_tpu", "add_devices"),
@@ -40,7 +38,6 @@ def add_devices(part_BD: jax.Array, residual_BD: jax.Array, *, implementation: s
     if found is None:
         return residual_BD + part_BD
     mesh, axes = found
-    devices = math.prod(mesh.shape[axis] for axis in axes)
-    facts = {"platform": platform(), "shape": part_BD.shape, "dtype": part_BD.dtype, "devices": devices}
+    facts = {"platform": platform(), "shape": part_BD.shape, "dtype": part_BD.dtype, "devices": num_parts(mesh, axes)}
     chosen = choose("add_devices", ADD_DEVICES, implementation, **facts)
     return chosen.run(part_BD, residual_BD, mesh, axes)

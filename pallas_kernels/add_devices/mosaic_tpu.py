@@ -5,7 +5,6 @@ the call before is used up, and their room for parts is free.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -14,6 +13,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.partition import num_parts
 
 LANES = 128
 VMEM_BYTES = 8 * 2**20  # for parts, a share of what the smallest TPU has
@@ -35,7 +36,7 @@ def refuse(*, shape: tuple[int, ...], dtype: Any, devices: int, **facts: Any) ->
 
 def add_devices(part_BD, residual_BD, mesh, axes):
     """See :func:`pallas_kernels.add_devices.add_devices`."""
-    devices = math.prod(mesh.shape[axis] for axis in axes)
+    devices = num_parts(mesh, axes)
     return pl.pallas_call(
         functools.partial(_kernel, mesh=mesh, axes=axes, devices=devices),
         out_shape=jax.ShapeDtypeStruct(part_BD.shape, part_BD.dtype),
@@ -53,9 +54,8 @@ def add_devices(part_BD, residual_BD, mesh, axes):
 
 def _kernel(part_ref, residual_ref, out_ref, inbox_ref, sent, received, *, mesh, axes, devices):
     """Send the part to every other device, and add all in their order; ``inbox_ref [devices, B, D]``."""
-    sizes = [mesh.shape[axis] for axis in axes]
-    strides = {axis: math.prod(sizes[i + 1 :]) for i, axis in enumerate(axes)}
-    me = sum(lax.axis_index(axis) * stride for axis, stride in strides.items())
+    strides = {axis: num_parts(mesh, axes[i + 1 :]) for i, axis in enumerate(axes)}
+    me = lax.axis_index(axes)
 
     def place(rank):
         """Return where a device that shares is on the axes that it shares along."""

@@ -33,7 +33,7 @@ from pallas_kernels.decoder_stack.geometry import PHASES, UNIT, Geometry, refuse
 from pallas_kernels.decoder_stack.tiles import divide, fill_tile, fill_units
 from pallas_kernels.decoder_stack.worker import Worker
 from pallas_kernels.dispatch import refuse_unless_hopper
-from pallas_kernels.partition import sharing
+from pallas_kernels.partition import num_parts, sharing
 
 OUTPUTS = (
     "stream",
@@ -101,7 +101,7 @@ def decode_layers(
         batch=batch,
         capacity=capacity,
         blocks=jax.local_devices()[0].core_count if blocks is None else blocks,
-        peers=math.prod(mesh.shape[axis] for axis in axes),
+        peers=num_parts(mesh, axes) if axes else 1,
     )
     pad_rows = lambda x: jnp.pad(x, [(0, g.rows - batch)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
     x = pad_rows(x_BD)
@@ -255,12 +255,13 @@ def _body(g: Geometry, static: SimpleNamespace, *refs, **scratch):
 
 def _devices(mesh, axes):
     """Return this device's place among those that share its layers, and the numbers of all of them in the mesh."""
-    sizes = [mesh.shape[axis] for axis in axes]
     strides = {axis: math.prod(mesh.axis_sizes[i + 1 :]) for i, axis in enumerate(mesh.axis_names)}
-    rank = sum(lax.axis_index(axis) * math.prod(sizes[i + 1 :]) for i, axis in enumerate(axes))
     others = sum(lax.axis_index(axis) * stride for axis, stride in strides.items() if axis not in axes)
-    places = [sum(place * strides[axis] for place, axis in zip(at, axes, strict=True)) for at in np.ndindex(*sizes)]
-    return rank, [jnp.int32(others + place) for place in places]
+    places = [
+        sum(place * strides[axis] for place, axis in zip(at, axes, strict=True))
+        for at in np.ndindex(*(mesh.shape[axis] for axis in axes))
+    ]
+    return lax.axis_index(axes), [jnp.int32(others + place) for place in places]
 
 
 class _Grid:
