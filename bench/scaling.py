@@ -33,13 +33,14 @@ from dyninf.configs.plans import plans
 
 COLLECTIVES = re.compile(r"nccl|all.?reduce|all.?gather|reduce.?scatter|psum|pmax|pmin|MultiGpuBarrier", re.IGNORECASE)
 BUDGET = 2048
+LAYERS = ("stacked", "list")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure every case and print a row for each."""
     arguments = _parse(argv)
     mesh = read_mesh(arguments.mesh)
-    for stacked in (True, False):
+    for stacked in (layers == "stacked" for layers in arguments.layers):
         model = None
         for batch, context, name, plan in cases(stacked, arguments):
             row = {"bench": "scaling", "shape": arguments.shape, "dtype": arguments.dtype, "mesh": arguments.mesh}
@@ -147,6 +148,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", default="llama3.1-70b", choices=shapes())
     parser.add_argument("--dtype", default="bfloat16", choices=tuple(DTYPES))
     parser.add_argument("--mesh", required=True, metavar="NAME=SIZE,...", help="such as tensor=8 or data=2,tensor=4")
+    parser.add_argument("--layers", nargs="+", default=LAYERS, choices=LAYERS, help="how to hold them (default: both)")
     parser.add_argument("--batch", default="1,8,64", type=_integers, help="batch sizes (default: 1,8,64)")
     parser.add_argument("--context", default="2048,131072", type=_integers, help="cache slots (default: 2048,131072)")
     parser.add_argument("--prompt", type=int, default=131072, help="tokens of a prompt to time; 0 for none")
