@@ -1,9 +1,10 @@
-"""What it takes two GPUs to add up a layer's projections: within the kernel that runs the layers, and by XLA.
+"""What it takes two GPUs to add up a layer's projections: within the kernel that runs the layers, alone, and by XLA.
 
 ``python bench/mesh_exchange.py --jsonl FILE`` on a machine with two Hopper GPUs. ``in_kernel`` is what a step of layers
 takes longer on two devices than one device needs for its own part alone, heads and MLP, for each of the two sums of a
 layer; residual and norm are part of either. ``psum`` is a chain of sums by XLA, each with the residual and the norm
-behind it, less the same chain on one device. By the wall clock, in one program each, on random numbers.
+behind it, less the same chain on one device. ``kernel`` is that chain with ``add_devices``, as lists of layers add. By
+the wall clock, in one program each, on random numbers.
 """
 
 import argparse
@@ -24,14 +25,15 @@ from dyninf.cli.bench import describe_device, write_row
 from dyninf.configs.models import shapes
 from dyninf.models import make_mesh
 from dyninf.timing import measure
-from pallas_kernels import DecoderWeights, decode_layers
-from pallas_kernels.partition import partitioned
+from pallas_kernels import DecoderWeights, add_devices, decode_layers
+from pallas_kernels.add_devices import make_inbox
+from pallas_kernels.partition import partitioned, per_device
 
 FILLED, CAPACITY = 1024, 2048
 
 
 def main() -> int:
-    """Time both and print one JSON object a row."""
+    """Time all and print one JSON object a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama3.1-8b", choices=shapes())
     parser.add_argument("--batch", default="1,8", help="batch sizes, separated by commas")
@@ -42,7 +44,9 @@ def main() -> int:
         parser.error(f"expected two GPUs, got {len(jax.devices())} devices of {jax.default_backend()}")
     config, mesh = shapes()[arguments.shape], make_mesh({"tensor": 2}, jax.devices()[:2])
     for batch in map(int, arguments.batch.split(",")):
-        for name, time, sums in (("in_kernel", time_layers, 2 * config.num_layers), ("psum", time_psums, 2)):
+        kernel = functools.partial(time_sums, kernel=True)
+        layers = 2 * config.num_layers
+        for name, time, sums in (("in_kernel", time_layers, layers), ("kernel", kernel, 2), ("psum", time_sums, 2)):
             both = time(config, batch, mesh, arguments.steps)
             alone = time(config, batch, None, arguments.steps)
             row = {"bench": "mesh_exchange", "program": name, "shape": arguments.shape, "batch": batch}
@@ -98,24 +102,34 @@ def time_layers(config: Any, batch: int, mesh: Any, steps: int) -> float:
     return timing.median / steps
 
 
-def time_psums(config: Any, batch: int, mesh: Any, steps: int) -> float:
+def time_sums(config: Any, batch: int, mesh: Any, steps: int, *, kernel: bool = False) -> float:
     """Return the seconds of two sums with what follows them, or of what follows them alone."""
 
-    def chain(part_BD, residual_BD):
+    def add(part_BD, residual_BD, inbox):
+        if mesh and kernel:
+            return add_devices(part_BD, residual_BD, inbox=inbox, implementation="mosaic_gpu")
+        return residual_BD + (jax.lax.psum(part_BD, "tensor") if mesh else part_BD)
+
+    def chain(parts_NBD, residual_BD, inbox):
+        part_BD = parts_NBD[0]
         for _ in range(2 * steps):
-            total_BD = jax.lax.psum(part_BD, "tensor") if mesh else part_BD
-            residual_BD = residual_BD + total_BD
+            residual_BD = add(part_BD, residual_BD, inbox)
             wide = residual_BD.astype(jnp.float32)
             scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_eps)
             part_BD = (wide * scale).astype(residual_BD.dtype)
         return residual_BD
 
-    given = [_random(number, (batch, config.d_model), mesh, None) for number in range(2)]
-    whole = PartitionSpec()
-    if mesh:
-        chain = jax.shard_map(chain, mesh=mesh, in_specs=(whole, whole), out_specs=whole, check_vma=False)
-    run = jax.jit(chain)
-    return measure(lambda: run(*given), warmup=2).median / steps
+    marked = per_device("BD", inbox="Z____")(chain)
+
+    @jax.jit
+    def run(*given):
+        with partitioned(mesh, heads=["tensor"]) if mesh else contextlib.nullcontext():
+            return marked(*given)
+
+    sizes = ((2, batch, config.d_model), 0), ((batch, config.d_model), None)
+    given = [_random(number, size, mesh, split) for number, (size, split) in enumerate(sizes)]
+    inbox = make_inbox(mesh, ("tensor",), config.d_model) if mesh and kernel else jnp.zeros((2, 1, 1, 1, 1), jnp.int32)
+    return measure(lambda: run(*given, inbox), warmup=2).median / steps
 
 
 def _random(number: int, size: tuple[int, ...], mesh: Any, split: int | None) -> jax.Array:

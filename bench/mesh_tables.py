@@ -39,13 +39,15 @@ def speed_table() -> str:
 
 
 def exchange_table() -> str:
-    """Return what it takes two GPUs to add up a projection, in the kernel of the layers and by XLA."""
+    """Return what it takes two GPUs to add up a projection, in the kernel of the layers, in its own and by XLA."""
     rows = read_rows("mesh_exchange_h200")
-    names = {"in_kernel": "in the kernel of the layers", "psum": "`jax.lax.psum`, residual and norm by XLA"}
+    names = {"in_kernel": "in the kernel of the layers", "kernel": "`add_devices`, norm by XLA"}
+    names |= {"psum": "`jax.lax.psum`, residual and norm by XLA"}
     sizes = sorted({row["bytes"] for row in rows})
     lines = [
         [text, *(f"{row['us']:.1f} us" for row in sorted(_of(rows, name), key=lambda row: row["bytes"]))]
         for name, text in names.items()
+        if _of(rows, name)
     ]
     note = f"\n{rows[0]['shape']}, {rows[0]['device']}, jax {rows[0]['jax']}, {commits(rows)}.\n"
     return table(["", *(f"{size // 1024} KiB" for size in sizes)], lines) + note

@@ -13,25 +13,26 @@ import numpy as np
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-def pytree(*, static: tuple[str, ...] = ()) -> Callable[[type], type]:
+def pytree(*, static: tuple[str, ...] = (), lost: tuple[str, ...] = ()) -> Callable[[type], type]:
     """Make a class a frozen keyword-only dataclass registered as a pytree.
 
     Instances compare by value, also when they hold arrays, and print like dataclasses.
 
     Args:
         static: names of the fields that are part of the tree structure; their values must be hashable.
+        lost: names of fields that what is made by operations on trees has by default, whatever they were.
 
     Raises:
-        ValueError: if ``static`` names a field that the class does not have.
+        ValueError: if ``static`` or ``lost`` names a field that the class does not have.
     """
 
     def decorate(cls: type) -> type:
         cls = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
         names = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(static) - set(names))
+        unknown = sorted({*static, *lost} - set(names))
         if unknown:
             raise ValueError(f"expected static fields among {names}, got {unknown}; correct the decorator of {cls}")
-        leaves = [name for name in names if name not in static]
+        leaves = [name for name in names if name not in {*static, *lost}]
         _register(cls, leaves, static)
         cls.__eq__ = _equal
         cls.__hash__ = _hash

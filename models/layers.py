@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dyninf.models.config import ModelConfig, RopeScaling
+from pallas_kernels.add_devices import add_product
 
 INIT_STD = 0.02
 
@@ -56,10 +57,10 @@ class DecoderLayer(nnx.Module):
         q_BTNH = self._rotate(q_BTKGH.reshape(batch, length, num_kv * group, dim), positions_BT, self.norm_q)
         k_BTKH = self._rotate(k_BTKH, positions_BT, self.norm_k)
         o_BTNH, carry = attend(q_BTNH, k_BTKH, v_BTKH, window=self.window)
-        x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", o_BTNH, self.wo[...])
+        x_BTD = add_product(x_BTD, o_BTNH, self.wo[...])
         hidden_BTCF = jnp.einsum("BTD,DCF->BTCF", rms_norm(x_BTD, self.norm_mlp[...], self.eps), self.w_gate_up[...])
         hidden_BTF = jax.nn.silu(hidden_BTCF[:, :, 0]) * hidden_BTCF[:, :, 1]
-        return x_BTD + jnp.einsum("BTF,FD->BTD", hidden_BTF, self.w_down[...]), carry
+        return add_product(x_BTD, hidden_BTF, self.w_down[...]), carry
 
     def project_kv(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return only the keys and values ``[B, T, K, H]`` this layer would write for the state ``x_BTD``."""

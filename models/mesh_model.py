@@ -6,6 +6,11 @@ to be, from where a model stands: tokens and states are split by batch, queries,
 read of a cache) follows from states that all devices of the tensor axis hold alike, so that all decide alike. What
 JAX cannot partition, kernels, runs on each device for its sequences and heads (:mod:`pallas_kernels.partition`). The
 mesh is part of the pytree's structure, so that a program is compiled anew for another one.
+
+On GPUs the model holds one array beside its weights, the inbox in which devices hand each other their parts of a
+layer's two sums (:mod:`pallas_kernels.add_devices`). Hand the model to programs as an argument, as ``generate`` and the
+rest do, and neither donate nor return it; programs that run at once must not share it. What operations on trees make of
+a layer has none, and adds by XLA.
 """
 
 import contextlib
@@ -17,7 +22,9 @@ import jax
 from jax.sharding import Mesh
 
 from dyninf.models.sharding import CACHES, Placement, Rules, cache_axes, placement
+from dyninf.models.transformer import Transformer
 from dyninf.pytree import pytree
+from pallas_kernels.add_devices import make_inbox
 from pallas_kernels.partition import partitioned
 
 _STATES = ("batch", "length", None)
@@ -26,12 +33,13 @@ _KEYS = ("batch", "length", "kv_heads", None)
 _QUERIES, _WHOLE = ("batch", "length", "heads", None), ("batch", "length", None, None)
 
 
-@pytree(static=("where",))
+@pytree(static=("where",), lost=("inbox",))
 class MeshLayer:
     """One decoder layer on a mesh; see :mod:`dyninf.models.mesh_model`."""
 
     layer: Any
     where: Placement
+    inbox: jax.Array | None = None
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, attend: Callable) -> tuple[jax.Array, Any]:
         """Return the layer's output ``[B, T, D]`` and what ``attend`` carries along."""
@@ -44,7 +52,7 @@ class MeshLayer:
             o_BTNH, carry = attend(constrain(q_BTNH, queries), k_BTKH, v_BTKH, **options)
             return constrain(o_BTNH, queries), constrain_cache(carry, self.where)
 
-        with _kernels(self.where):
+        with _kernels(self.where, self.inbox):
             x_BTD, carry = self.layer(constrain(x_BTD, _STATES), positions_BT, attend_on_mesh)
         return constrain(x_BTD, _STATES), carry
 
@@ -55,12 +63,13 @@ class MeshLayer:
         return self.where.constrain(k_BTKH, _KEYS), self.where.constrain(v_BTKH, _KEYS)
 
 
-@pytree(static=("where",))
+@pytree(static=("where",), lost=("inbox",))
 class MeshStack:
     """Stacked layers on a mesh: a sequence of layers that also decode by index."""
 
     layers: Any
     where: Placement
+    inbox: jax.Array | None = None
 
     def __len__(self) -> int:
         """Return the number of layers."""
@@ -70,8 +79,8 @@ class MeshStack:
         """Return one layer, or several."""
         found = self.layers[index]
         if isinstance(index, slice):
-            return [MeshLayer(layer=layer, where=self.where) for layer in found]
-        return MeshLayer(layer=found, where=self.where)
+            return [MeshLayer(layer=layer, where=self.where, inbox=self.inbox) for layer in found]
+        return MeshLayer(layer=found, where=self.where, inbox=self.inbox)
 
     def __iter__(self) -> Iterator[MeshLayer]:
         """Yield the layers in order."""
@@ -94,6 +103,7 @@ class MeshModel:
 
     model: Any
     where: Placement
+    inbox: jax.Array | None = None
 
     @property
     def config(self) -> Any:
@@ -104,8 +114,8 @@ class MeshModel:
     def layers(self) -> Sequence[MeshLayer]:
         """The layers, each laid out on the mesh."""
         if hasattr(self.model.layers, "decode"):
-            return MeshStack(layers=self.model.layers, where=self.where)
-        return tuple(MeshLayer(layer=layer, where=self.where) for layer in self.model.layers)
+            return MeshStack(layers=self.model.layers, where=self.where, inbox=self.inbox)
+        return tuple(MeshLayer(layer=layer, where=self.where, inbox=self.inbox) for layer in self.model.layers)
 
     @property
     def readout(self) -> Callable | None:
@@ -139,13 +149,21 @@ def on_mesh(model: Any, mesh: Mesh, rules: Rules | None = None) -> MeshModel:
     Raises:
         ValueError: if the rules do not fit the mesh.
     """
-    return MeshModel(model=model, where=placement(mesh, rules))
+    where = placement(mesh, rules)
+    return MeshModel(model=model, where=where, inbox=_inbox(model, where))
 
 
-def _kernels(where: Placement) -> contextlib.ContextDecorator:
+def _inbox(model: Any, where: Placement) -> jax.Array | None:
+    """Return room for the sums of layers that devices split by heads, the MLP alike, if they may add by a kernel."""
+    heads = where.mesh_axes("kv_heads")
+    alike = all(where.mesh_axes(axis) == heads for axis in ("heads", "mlp")) and not where.mesh_axes("embed")
+    return make_inbox(where.mesh, heads, model.config.d_model) if isinstance(model, Transformer) and alike else None
+
+
+def _kernels(where: Placement, inbox: jax.Array | None = None) -> contextlib.ContextDecorator:
     """Return the context in which kernels run on each device for its sequences and heads."""
     axes = {"batch": "batch", "heads": "kv_heads", "length": "length", "width": "embed", "vocab": "vocab"}
-    return partitioned(where.mesh, **{name: where.mesh_axes(axis) for name, axis in axes.items()})
+    return partitioned(where.mesh, inbox=inbox, **{name: where.mesh_axes(axis) for name, axis in axes.items()})
 
 
 def constrain_cache(cache: Any, where: Placement) -> Any:

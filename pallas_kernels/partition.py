@@ -28,8 +28,8 @@ from pallas_kernels.sequence import attend_part, is_whole_prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """A mesh, the axes that split sequences, heads, prompts, the width of weights and the vocabulary, and whether one
-    device is at hand, or all.
+    """A mesh, the axes that split sequences, heads, prompts, the width of weights and the vocabulary, whether one
+    device is at hand, or all, and what devices that share heads write to (:mod:`pallas_kernels.add_devices`).
     """
 
     mesh: Mesh
@@ -39,6 +39,7 @@ class Partition:
     width: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ()
     one: bool = False
+    inbox: jax.Array | None = None
 
 
 _PARTITION: ContextVar[Partition | None] = ContextVar("partition", default=None)
@@ -53,15 +54,18 @@ def partitioned(
     length: Sequence[str] = (),
     width: Sequence[str] = (),
     vocab: Sequence[str] = (),
+    inbox: jax.Array | None = None,
 ) -> Iterator[None]:
     """Trace what follows for the devices of a mesh.
 
     Args:
         batch, heads, length, width, vocab: its axes that split sequences, heads, tokens of prompts, the width of
             weights, and the vocabulary.
+        inbox: what :func:`pallas_kernels.add_devices.make_inbox` returned for the mesh and the axes that split heads,
+            as an argument of the program.
     """
     axes = {"batch": batch, "heads": heads, "length": length, "width": width, "vocab": vocab}
-    with _within(Partition(mesh=mesh, **{name: tuple(given) for name, given in axes.items()})):
+    with _within(Partition(mesh=mesh, inbox=inbox, **{name: tuple(given) for name, given in axes.items()})):
         yield
 
 
@@ -92,6 +96,15 @@ def sharing() -> tuple[Mesh, tuple[str, ...]] | None:
     """Return the mesh and its axes whose devices share the heads of the marked operation at hand; ``None`` if alone."""
     where = _PARTITION.get()
     return (where.mesh, where.heads) if where is not None and where.one and where.heads else None
+
+
+def inbox_at_hand() -> tuple[Mesh, tuple[str, ...], jax.Array] | None:
+    """Return the mesh, its axes that split heads, and what devices along them may write to, where an operation is to be
+    marked; ``None`` where there is nothing.
+    """
+    where = _PARTITION.get()
+    found = where is not None and not where.one and where.inbox is not None
+    return (where.mesh, where.heads, where.inbox) if found else None
 
 
 def take_rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -150,7 +163,8 @@ def per_device(
             after ``flag:`` where it is returned only if that argument is true.
         prompts: whether it attends from queries (T, R rows of blocks) to keys (S), which may be those of whole prompts.
         letters: those of the arrays of arguments whose names do not end in them, for a dataclass by its fields. An
-            array of one more axis is stacked, its first axis is L. Arrays without letters are whole on each device.
+            array of one more axis is stacked, its first axis is L. Arrays without letters are whole on each device;
+            an axis of letter Z has an entry for each.
     """
 
     def mark(operation: Callable) -> Callable:
@@ -190,6 +204,7 @@ def _run(operation, where, arguments: dict[str, Any], outputs: str, prompts: boo
 
     batch, heads = splitting(where.batch, "B"), splitting(where.heads, "N", "K")
     split = dict.fromkeys("NK", heads or None) | dict.fromkeys("TRS", length or None) | {"B": batch or None}
+    split["Z"] = where.mesh.axis_names
 
     def specs(named: list[str]) -> list[PartitionSpec]:
         return [PartitionSpec(*(split.get(letter) for letter in one)) for one in named]

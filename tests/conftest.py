@@ -116,6 +116,13 @@ def even_model():
     return _sharp(ModelConfig(**sizes, num_layers=6, max_length=64))
 
 
+@pytest.fixture(scope="session")
+def wide_model():
+    """The same with sizes of which a GPU's kernels take most: a few sequences' states are 256 numbers, heads 64."""
+    sizes = {"vocab_size": 64, "d_model": 64, "d_ff": 96, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64}
+    return _sharp(ModelConfig(**sizes, num_layers=4, max_length=64))
+
+
 def _sharp(config):
     sharper = {"embedding": 50, "unembedding": 60, "wqkv": 10, "w_gate_up": 10, "wo": 60, "w_down": 60}
 

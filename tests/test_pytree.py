@@ -24,6 +24,18 @@ def test_leaves_and_structure():
     assert jax.tree.map(lambda leaf: 2 * leaf, box) == Box(weight=1.0, size=4)
 
 
+@pytree(lost=("room",))
+class Tenant:
+    name: float
+    room: int = 0
+
+
+def test_operations_on_trees_lose_some_fields():
+    tenant = Tenant(name=1.0, room=7)
+    assert jax.tree.leaves(tenant) == [1.0] and tenant == Tenant(name=1.0)
+    assert tenant.room == 7 and jax.tree.map(lambda leaf: leaf, tenant).room == 0
+
+
 def test_instances_are_frozen_and_keyword_only():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Box(weight=1.0).weight = 2.0

@@ -22,6 +22,7 @@ from dyninf.cli.common import Loaded, check_output, check_positive, load, progre
 from dyninf.cli.decoding import Excerpt, time_excerpt
 from dyninf.cli.plan_options import check_plan, read_plans
 from dyninf.cli.task_plots import draw_plots, require_matplotlib
+from dyninf.models import MeshModel
 from dyninf.models.processes import replicate
 from dyninf.tasks import TASKS, TOKEN_TASKS, Sample, Vocabulary, draw, evaluate_task, load_or_make, make_samples
 from dyninf.tasks import to_samples as rows_to_samples
@@ -130,8 +131,8 @@ def make(loaded: Loaded, task: str, length: int, arguments: argparse.Namespace) 
 
 
 def fingerprint(model: Any) -> str:
-    """Return a checksum of the beginning of every array: another model under the same name is another model."""
-    checksum = 0
+    """Return a checksum of the beginning of every weight: another model under the same name is another model."""
+    model, checksum = model.model if isinstance(model, MeshModel) else model, 0
     for beginning in replicate([leaf.reshape(-1)[:4096] for leaf in jax.tree.leaves(model)]):
         checksum = zlib.crc32(np.asarray(beginning).tobytes(), checksum)
     return f"{checksum:08x}"

@@ -13,9 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decoder_stack.exchange import put, take, warm
 from pallas_kernels.decoder_stack.geometry import PHASES, UNIT
 from pallas_kernels.decoder_stack.tiles import DTYPE, F32, ROWS, TILE, keep_if
+from pallas_kernels.exchange import put, take, warm
 
 EMPTY = -1e30  # score of a slot that must not be read: exp2 of its distance to any score is 0
 LOG2E = math.log2(math.e)

@@ -17,22 +17,20 @@ device's output and down projection give is sent to the others tile by tile and 
 """
 
 import functools
-import math
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decoder_stack.exchange import EMPTY_BITS
 from pallas_kernels.decoder_stack.geometry import PHASES, UNIT, Geometry, refuse_geometry, refuse_parts
 from pallas_kernels.decoder_stack.tiles import divide, fill_tile, fill_units
 from pallas_kernels.decoder_stack.worker import Worker
 from pallas_kernels.dispatch import refuse_unless_hopper
+from pallas_kernels.exchange import EMPTY_BITS, ranks
 from pallas_kernels.partition import num_parts, sharing
 
 OUTPUTS = (
@@ -246,22 +244,11 @@ def _body(g: Geometry, static: SimpleNamespace, *refs, **scratch):
     r = SimpleNamespace(**dict(zip(names, refs, strict=True)), **scratch)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     if g.peers > 1:
-        static = SimpleNamespace(**vars(static), devices=_devices(static.mesh, static.axes))
+        static = SimpleNamespace(**vars(static), devices=ranks(static.mesh, static.axes))
     grid = _Grid(g, r, static, block)
     pl.when(warpgroup == 1)(lambda: _stream(g, r, static, grid, block))
     pl.when(warpgroup == 2)(lambda: _feed(g, r, static, grid, block))
     pl.when(warpgroup == 0)(lambda: Worker(g, r, static, grid, block).run())
-
-
-def _devices(mesh, axes):
-    """Return this device's place among those that share its layers, and the numbers of all of them in the mesh."""
-    strides = {axis: math.prod(mesh.axis_sizes[i + 1 :]) for i, axis in enumerate(mesh.axis_names)}
-    others = sum(lax.axis_index(axis) * stride for axis, stride in strides.items() if axis not in axes)
-    places = [
-        sum(place * strides[axis] for place, axis in zip(at, axes, strict=True))
-        for at in np.ndindex(*(mesh.shape[axis] for axis in axes))
-    ]
-    return lax.axis_index(axes), [jnp.int32(others + place) for place in places]
 
 
 class _Grid:

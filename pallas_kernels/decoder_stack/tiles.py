@@ -5,9 +5,9 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decoder_stack.geometry import UNIT
+from pallas_kernels.exchange import TILE
 
 DTYPE, F32 = jnp.bfloat16, jnp.float32
-TILE = plgpu.Layout.WGMMA  # [64 features or slots, rows]
 ROWS = TILE.reduce(0)  # [rows]
 FEATURES = TILE.reduce(1)  # [64]
 INPUT, MIDDLE, DOT, BEFORE = range(4)  # per-tile sums: squares entering a layer and its MLP; products with the input

@@ -7,7 +7,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decoder_stack.exchange import empty, put, send, take, warm
 from pallas_kernels.decoder_stack.geometry import PHASES, UNIT
 from pallas_kernels.decoder_stack.heads import Attention
 from pallas_kernels.decoder_stack.tiles import (
@@ -25,6 +24,7 @@ from pallas_kernels.decoder_stack.tiles import (
     keep_if,
     load,
 )
+from pallas_kernels.exchange import empty, put, send, take, warm
 
 
 class Worker(Attention):
