@@ -30,6 +30,7 @@ from pallas_kernels.add_devices import make_inbox
 from pallas_kernels.partition import partitioned, per_device
 
 FILLED, CAPACITY = 1024, 2048
+PROGRAMS = ("in_kernel", "kernel", "psum")
 
 
 def main() -> int:
@@ -37,6 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama3.1-8b", choices=shapes())
     parser.add_argument("--batch", default="1,8", help="batch sizes, separated by commas")
+    parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS, help="(default: all)")
     parser.add_argument("--steps", type=int, default=20, help="steps, or layers of sums, in a program")
     parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too")
     arguments = parser.parse_args()
@@ -47,6 +49,8 @@ def main() -> int:
         kernel = functools.partial(time_sums, kernel=True)
         layers = 2 * config.num_layers
         for name, time, sums in (("in_kernel", time_layers, layers), ("kernel", kernel, 2), ("psum", time_sums, 2)):
+            if name not in arguments.programs:
+                continue
             both = time(config, batch, mesh, arguments.steps)
             alone = time(config, batch, None, arguments.steps)
             row = {"bench": "mesh_exchange", "program": name, "shape": arguments.shape, "batch": batch}
