@@ -6,10 +6,12 @@ ones, so that every plan decodes the same text.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import dyninf
 from dyninf.cache import LayerCache
@@ -106,22 +108,18 @@ def random_state(
     tokens, lengths = jnp.zeros((batch, length), jnp.int32), jnp.full(batch, length)
     like = jax.eval_shape(lambda m, p: dyninf.prefill(m, tokens, lengths, p, spec, key)[1], model, plan)
 
-    def make() -> dyninf.KVCache:
-        if like.cache.stacked:
-            layers = _random_cache(like.cache.layers, length, key)
-        else:
-            keys = jax.random.split(key, len(like.cache.layers))
-            layers = tuple(
-                _read(cache, lengths, length, plan.select, layer_key)
-                if isinstance(cache, OwnCache)
-                else _random_cache(cache, length, layer_key)
-                for cache, layer_key in zip(like.cache.layers, keys, strict=True)
-            )
-        return dyninf.KVCache(layers=layers, length=jnp.full(batch, length, jnp.int32))
+    mesh = model.where.mesh if isinstance(model, MeshModel) else None
 
-    if isinstance(model, MeshModel):
-        make = jax.jit(make, out_shardings=cache_shardings(like.cache, model.where.mesh))
-    cache = make()
+    def draw(like: Any, key: jax.Array) -> Any:
+        leaves, structure = jax.tree.flatten(like)
+        return _drawing(structure, tuple(leaves), length, mesh)(lengths, plan.select, key)
+
+    if like.cache.stacked:
+        layers = draw(like.cache.layers, key)
+    else:
+        keys = jax.random.split(key, len(like.cache.layers))
+        layers = tuple(draw(cache, layer_key) for cache, layer_key in zip(like.cache.layers, keys, strict=True))
+    cache = dyninf.KVCache(layers=layers, length=lengths.astype(jnp.int32))
     return dyninf.DecodeState(
         token=jax.random.randint(key, (batch,), 0, vocab_size(model)),
         cache=cache,
@@ -140,6 +138,19 @@ def _pending(like: Pending | Dropped | None, plan: dyninf.Plan, num_layers: int)
     if isinstance(like, Pending):
         return no_pending(like.x_BWD, plan.window, num_layers)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+
+
+@functools.lru_cache(maxsize=64)
+def _drawing(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], length: int, mesh: Mesh | None) -> Any:
+    """Return the program that draws a cache of shapes, once for all layers alike, and where it lies on a mesh."""
+    like = jax.tree.unflatten(structure, leaves)
+
+    def make(lengths: jax.Array, select: TopK | ReadAll, key: jax.Array) -> Any:
+        if isinstance(like, OwnCache):
+            return _read(like, lengths, length, select, key)
+        return _random_cache(like, length, key)
+
+    return jax.jit(make, out_shardings=None if mesh is None else cache_shardings(like, mesh))
 
 
 def _random_cache(like: LayerCache, length: int, key: jax.Array) -> LayerCache:
@@ -164,7 +175,7 @@ def _read(like: OwnCache, lengths: jax.Array, length: int, select: TopK | ReadAl
     batch, _, *entry = like.v.shape
     k_BTKH, v_BTKH = (jax.random.normal(half, (batch, length, *entry), like.v.dtype) for half in jax.random.split(key))
     empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-    return jax.jit(type(like).fill)(empty, k_BTKH, v_BTKH, lengths, select)
+    return type(like).fill(empty, k_BTKH, v_BTKH, lengths, select)
 
 
 def bytes_per_step(model: CausalLM, means: dict[str, float], batch: int) -> float:
