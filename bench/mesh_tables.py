@@ -1,6 +1,9 @@
 """The tables of models on several devices: what two GPUs gain and send, what a slice's devices hold."""
 
-from bench.rendering import commits, read_rows, table
+from pathlib import Path
+from typing import Any
+
+from bench.rendering import H200_COPY_GB_S, commits, read_rows, table
 
 # Memory of one device, as the makers state it; a chip of tpu7x is two devices.
 MEMORY_GIB = {"v5p": 95, "v5e": 16, "v6e": 32, "tpu7x": 96}
@@ -51,6 +54,68 @@ def exchange_table() -> str:
     ]
     note = f"\n{rows[0]['shape']}, {rows[0]['device']}, jax {rows[0]['jax']}, {commits(rows)}.\n"
     return table(["", *(f"{size // 1024} KiB" for size in sizes)], lines) + note
+
+
+def scaling_table() -> str:
+    """Return what a model does on four GPUs, against the bytes it must read, dense decoding, and two GPUs."""
+    rows, two = read_rows("scaling_h200"), _on_two()
+    dense = {(row["mesh"], row["batch"]): row for row in rows if row["plan"] == "dense"}
+    lines = []
+    for row in rows:
+        beyond = 1000 * (row["median_ms"] - row["floor_ms"]) / row["layers_run"]
+        fewer = two.get(row["plan"]) if row["batch"] == 1 else None
+        lines.append(
+            [
+                row["mesh"].replace(",", ", "),
+                row["plan"],
+                str(row["batch"]),
+                f"{row['layers_run']:.0f}",
+                f"{row['median_ms']:.2f}",
+                f"{row['tokens_per_s']:.0f}",
+                f"{100 * row['of_floor']:.0f} %",
+                f"{beyond:.0f} us",
+                f"{1000 * row['collectives_ms']:.0f} us",
+                f"{row['peak_gib']:.0f}",
+                f"{dense[row['mesh'], row['batch']]['median_ms'] / row['median_ms']:.2f}x",
+                f"{fewer['median_ms'] / row['median_ms']:.2f}x" if fewer else "",
+            ]
+        )
+    head = ["mesh", "plan", "batch", "layers run", "ms a step", "tokens/s", "of the floor", "beyond it, a layer"]
+    head += ["XLA's collectives", "GiB a device", "against dense", "against two GPUs"]
+    about = rows[0]
+    note = (
+        f"\n{about['shape']}, random weights, bfloat16, stacked layers, {about['filled']} of {about['context']} slots "
+        f"filled, 4 x {about['device']}, jax {about['jax']}, {commits(rows)}. Two GPUs: the table above.\n"
+    )
+    return table(head, lines) + note
+
+
+def draw_scaling(path: Path, pyplot: Any) -> None:
+    """Draw tokens a second of one sequence on two and four GPUs, dense and under plans, and what memory allows."""
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    two, four = _on_two(), {row["plan"]: row for row in read_rows("scaling_h200") if row["batch"] == 1}
+    allowed = [2 * H200_COPY_GB_S * 1e9 / two["dense"]["bytes_per_step"], 1000 / four["dense"]["floor_ms"]]
+    axes.plot([2, 4], allowed, "--", color="#888888", label="dense, if reading took all the time")
+    labels = {"half": "half of the layers", "exits": "recorded exits", "dense": "dense"}
+    for color, (plan, label) in enumerate(labels.items()):
+        found = [(gpus, rows[plan]["tokens_per_s"]) for gpus, rows in ((2, two), (4, four)) if plan in rows]
+        axes.plot(*zip(*found, strict=True), "o-", color=f"C{color}", label=label)
+    axes.set_xlabel("GPUs that share the model (tensor)")
+    axes.set_ylabel("tokens/s, one sequence")
+    axes.set_title(f"{four['dense']['shape']} on H200s", fontsize=10)
+    axes.set_xticks([2, 4])
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _on_two() -> dict[str, dict]:
+    """Return the rows of one sequence at the 70B shape on two GPUs, by the names of plans that scaling has."""
+    names = {"dense": "dense", "exit_half": "half"}
+    found = [row for row in read_rows("mesh_h200") if row["model"] == "llama3.1-70b" and row["bench"] == "decode"]
+    return {names[row["plan"]]: row for row in found if row["batch"] == 1}
 
 
 def _case(row: dict) -> tuple:

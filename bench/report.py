@@ -1,8 +1,8 @@
 """Render the committed result rows into README.md, bench/README.md and the model cards, and draw their pictures.
 
 Run ``python bench/report.py`` from anywhere; it rewrites what stands between ``<!-- bench:NAME -->`` and
-``<!-- /bench -->`` and draws ``exits.png``, ``recipes.png`` and, where its rows are, ``budgets.png`` in
-``bench/results``. ``--check`` changes nothing and fails if a table is stale.
+``<!-- /bench -->`` and draws ``exits.png``, ``recipes.png``, ``scaling.png`` and, where its rows are, ``budgets.png``
+in ``bench/results``. ``--check`` changes nothing and fails if a table is stale.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import budget_tables  # noqa: E402
+from bench import budget_tables, mesh_tables  # noqa: E402
 from bench.rendering import RESULTS, read_rows  # noqa: E402
 from bench.tables import RECIPES, TABLES  # noqa: E402
 
@@ -101,7 +101,8 @@ def main() -> int:
         return 1 if stale else 0
     draw(RESULTS / "exits.png")
     draw_recipes(RESULTS / "recipes.png")
-    drawn = ["exits.png", "recipes.png"]
+    mesh_tables.draw_scaling(RESULTS / "scaling.png", _pyplot())
+    drawn = ["exits.png", "recipes.png", "scaling.png"]
     if all((RESULTS / f"budgets_{study}.jsonl").is_file() for study in ("tasks", "nll")):
         drawn.append("budgets.png")
         budget_tables.draw(RESULTS / drawn[-1], read_rows("budgets_tasks"), read_rows("budgets_nll"), _pyplot())

@@ -265,6 +265,7 @@ TABLES = {
     "mesh_exchange": mesh_tables.exchange_table,
     "mesh_memory": mesh_tables.memory_table,
     "mesh_speed": mesh_tables.speed_table,
+    "scaling": mesh_tables.scaling_table,
     "eviction_merge": selection_tables.eviction_table,
     "prefill_dense": lambda: prefill_tables.prefill_table("dense"),
     "prefill_blocks": lambda: prefill_tables.prefill_table("blocks"),

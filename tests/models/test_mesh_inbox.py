@@ -107,8 +107,8 @@ def test_layers_taken_from_a_stack_have_the_inbox_too(lowered, prompts):
 
 
 @needs_mosaic
-def test_other_programs_add_by_xla(lowered, prompts):
-    """Prompts; layers that an operation on trees has stacked; a program that does not get the inbox; float16."""
+def test_other_programs_add_by_xla(lowered, prompts, monkeypatch):
+    """Prompts; layers that were stacked as trees; programs that do not get the inbox; float16; many numbers."""
     tokens = lambda model: jnp.asarray(prompts)  # noqa: E731
     state = lambda model: start(model, prompts, Plan())  # noqa: E731
     assert lowered(lambda model, tokens: forward(model, tokens).logits, tokens) == 0
@@ -118,6 +118,8 @@ def test_other_programs_add_by_xla(lowered, prompts):
     constant = lambda model: dataclasses.replace(model, inbox=np.zeros(model.inbox.shape, np.int32))  # noqa: E731
     assert lowered(lambda model, state: decode_step(constant(model), state, Plan()), state) == 0
     assert lowered(lambda model, state: decode_step(model, state, Plan()), state, dtype=jnp.float16) == 0
+    monkeypatch.setattr(importlib.import_module("pallas_kernels.add_devices"), "FEW", 255)
+    assert lowered(lambda model, state: decode_step(model, state, Plan()), state) == 0
 
 
 @pytest.mark.parametrize("heads", [False, True], ids=["mlp", "heads"])
