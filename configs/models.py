@@ -74,6 +74,19 @@ def shapes() -> dict[str, ModelConfig]:
             rope_theta=500000.0,
             rope_scaling=RopeScaling(kind="llama3", factor=8.0),
         ),
+        # What a host of eight accelerators holds: 812 GB in bfloat16; 16 query heads share a key.
+        "llama3.1-405b": ModelConfig(
+            vocab_size=128256,
+            num_layers=126,
+            d_model=16384,
+            d_ff=53248,
+            num_heads=128,
+            num_kv_heads=8,
+            head_dim=128,
+            max_length=131072,
+            rope_theta=500000.0,
+            rope_scaling=RopeScaling(kind="llama3", factor=8.0),
+        ),
         # As large as the 8B, with more and narrower layers and norms on queries and keys.
         "qwen3-8b": ModelConfig(
             vocab_size=151936,

@@ -11,6 +11,7 @@ UNIT = 128
 PHASES = 5  # per layer: qkv, attention, output projection, gate and up, down
 MAX_ROWS = 64
 MAX_SPLITS = 16
+MAX_GROUP = 23  # and a column for the new key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,13 +87,13 @@ class Geometry:
 
     @property
     def stages(self) -> int:
-        """Units in the ring of weights."""
-        return {8: 6, 16: 5, 32: 5, 64: 4}[self.rows]
+        """Units in the ring of weights; the most query heads leave room for one less beside the fewest rows."""
+        return {8: 6, 16: 5, 32: 5, 64: 4}[self.rows] - (self.rows == 8 and self.head_rows == 24)
 
     @property
     def feeds(self) -> int:
-        """Units in the ring of activations; more query heads leave less room for them."""
-        return {8: (8, 5), 16: (8, 8), 32: (5, 4), 64: (4, 3)}[self.rows][self.head_rows // 8 - 1]
+        """Units in the ring of activations; more query heads leave less room for them, and for weights."""
+        return {8: (8, 5, 8), 16: (8, 8, 8), 32: (5, 4, 3), 64: (4, 3, 3)}[self.rows][self.head_rows // 8 - 1]
 
     @property
     def together(self) -> int:
@@ -107,7 +108,7 @@ class Geometry:
     @property
     def splits_together(self) -> int:
         """Splits that are asked for at once."""
-        return {8: 4, 16: 2}[self.head_rows]
+        return {8: 4, 16: 2, 24: 1}[self.head_rows]
 
 
 def refuse_parts(parts: dict[str, int], sizes: dict[str, int]) -> str | None:
@@ -131,8 +132,8 @@ def refuse_geometry(geometry: Geometry) -> str | None:
         return f"needs d_model and d_ff to be multiples of {UNIT}, got {g.d_model} and {g.d_ff}"
     if not 1 <= g.batch <= MAX_ROWS:
         return f"needs 1 to {MAX_ROWS} sequences, got {g.batch}"
-    if g.group > 15:
-        return f"needs at most 15 query heads for a key/value head, got {g.group}"
+    if g.group > MAX_GROUP:
+        return f"needs at most {MAX_GROUP} query heads for a key/value head, got {g.group}"
     if g.capacity % 8:
         return f"needs a cache capacity that is a multiple of 8, got {g.capacity}"
     return None

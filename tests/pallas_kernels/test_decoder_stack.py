@@ -115,6 +115,7 @@ CASES = {
     "a_rule": ({"layers": 4, "positions": (3, 128)}, (0, 1, 2, 3), (4, 4), {"threshold": 0.9}),
     "a_window": ({"positions": (134, 5)}, (0, 1), (2, 2), {"window": 130}),
     "many_queries": ({"group": 9, "layers": 2}, (0, 1), (2, 2), {}),
+    "most_queries": ({"group": 23, "layers": 2, "positions": (3, 135)}, (0, 1), (2, 2), {}),
 }
 # Interpreted by default; that a rule ends a sequence in the kernel is also in test_decoder_stack_checks.py.
 QUICK = ("biases_and_norms", "planned_depths_filled")

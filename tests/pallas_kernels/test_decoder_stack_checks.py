@@ -120,12 +120,17 @@ def test_units_are_dealt_to_blocks_without_gaps():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"head_dim": 64}, "head_dim 128"), ({"d_ff": 14400}, "multiples of 128"), ({"capacity": 2047}, "multiple of 8")],
-    ids=["head_dim", "d_ff", "capacity"],
+    [
+        ({"head_dim": 64}, "head_dim 128"),
+        ({"d_ff": 14400}, "multiples of 128"),
+        ({"capacity": 2047}, "multiple of 8"),
+        ({"group": 24}, "at most 23 query heads"),
+    ],
+    ids=["head_dim", "d_ff", "capacity", "group"],
 )
 def test_what_the_kernel_cannot_serve_has_a_reason(changes, message):
     assert message in refuse_geometry(dataclasses.replace(llama_8b(1), **changes))
-    assert refuse_geometry(llama_8b(64)) is None
+    assert refuse_geometry(llama_8b(64)) is None and refuse_geometry(dataclasses.replace(llama_8b(1), group=23)) is None
 
 
 def test_dispatch_names_a_reason_away_from_a_gpu():
