@@ -14,9 +14,9 @@ from dyninf import CacheSpec, Plan, decode_step, kv, models, prefill
 from dyninf.depth import Confidence, ExitAt, every
 
 PLANS = {
-    "exits": Plan(depth=every(Confidence(threshold=0.9), step=2)),
-    "masked_exits": Plan(depth=every(Confidence(threshold=0.9), step=3), fill="mask"),
-    "static": Plan(depth=ExitAt(layer=3)),
+    "exits": Plan(depth=every(Confidence(threshold=0.9), step=1)),
+    "masked_exits": Plan(depth=every(Confidence(threshold=0.9), step=2), fill="mask"),
+    "static": Plan(depth=ExitAt(layer=2)),
 }
 
 
@@ -32,7 +32,7 @@ def step_shapes(model, plan, dtype=jnp.bfloat16, capacity=16):
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "masked_exits")) for n in PLANS])
-def test_a_decode_step_compiles_for_a_tpu(tiny_model, name):
+def test_a_decode_step_compiles_for_a_tpu(shallow_model, name):
     pytest.importorskip("libtpu", reason="needs libtpu to compile for a TPU: pip install dyninf[tpu]")
     from jax.experimental import topologies
 
@@ -41,7 +41,7 @@ def test_a_decode_step_compiles_for_a_tpu(tiny_model, name):
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        step_shapes(tiny_model, PLANS[name]),
+        step_shapes(shallow_model, PLANS[name]),
     )
     compiled = jax.jit(decode_step, donate_argnums=1, out_shardings=sharding).lower(*shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes >= 0
@@ -50,8 +50,8 @@ def test_a_decode_step_compiles_for_a_tpu(tiny_model, name):
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_a_decode_step_lowers_for_cuda(tiny_model, name):
-    shapes = step_shapes(tiny_model, PLANS[name])
+def test_a_decode_step_lowers_for_cuda(shallow_model, name):
+    shapes = step_shapes(shallow_model, PLANS[name])
     leaves, structure = jax.tree.flatten(shapes)
 
     def step(*leaves):

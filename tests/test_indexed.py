@@ -123,7 +123,8 @@ def test_a_list_of_layers_is_refused(tiny_model):
         generate(tiny_model, [1, 2], max_new_tokens=2, driver="indexed")
 
 
-def test_a_new_threshold_or_table_needs_no_second_program(stacked):
+def test_a_new_threshold_or_table_needs_no_second_program(shallow):
+    stacked = shallow[1]
     step = jax.jit(lambda *arguments: decode_step(*arguments))  # a cache of its own: jit's goes by function
     state = fill(stacked, PROMPTS, LENGTHS, Plan(), CacheSpec(capacity=16), jax.random.key(0))[1]
     for threshold in (0.1, 0.5, 0.9):

@@ -44,7 +44,7 @@ STATIC = {name for name in NAMES if PLANS[name].depth.static_layers(L) is not No
 ALIKE = {name for name in NAMES if name.startswith(("evict_", "select_", "sparse_"))}
 ALIKE -= {"evict_h2o", "select_quest", "select_shadow_kv", "sparse_a_shape"}
 ALIKE |= {f"exit_{rule}" for rule in ("budget", "calm", "capped", "entropy", "half", "margin", "mue", "saturation")}
-ALIKE |= {"decay_linear", "exit_confidence", "exit_patience", "skip_middle"}  # exit_first_of asks both of those exits
+ALIKE |= {"dense", "decay_linear", "skip_middle", "exit_confidence", "exit_patience"}  # exit_first_of asks both exits
 ALONE = ["decay_power", "exit_catch_up", "exit_first_of"]  # one of each kind; the others run rows as these do
 ALONE += [pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "exit_confidence_masked")]
 COMPACT = ("decay_power", "exit_confidence", "exit_first_of")
@@ -114,11 +114,11 @@ def ample(policy):
 
 def drivers(name):
     """The drivers that can run a plan; the one that compiles longest for some plans only."""
-    if PLANS[name].fill == "catch_up":
-        return ("segments",)
-    if PLANS[name].sparsity.revive:
-        return ("unrolled",)
+    if PLANS[name].fill == "catch_up" or PLANS[name].sparsity.revive:
+        return ("segments",) if PLANS[name].fill == "catch_up" else ("unrolled",)
     selected, kept = getattr(PLANS[name].select, "dense_layers", 0), getattr(PLANS[name].evict, "budget", 0)
+    if name == "sparse_a_shape":  # steps as other static plans; other shapes step with every driver in slow runs
+        return ("segments", "unrolled")
     ran = DRIVERS[:2] if selected or isinstance(kept, tuple) else DRIVERS  # scan needs one kind of cache
     return (*ran, *(["unrolled"] if name in STATIC else []), *([Compact(capacity=2)] if name in COMPACT else []))
 

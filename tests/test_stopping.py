@@ -35,24 +35,26 @@ class EndAt(DepthPolicy):
 
 
 @pytest.mark.parametrize("driver", ["segments", pytest.param("masked", marks=pytest.mark.slow), "scan"])
-def test_an_ended_text_gets_no_token_and_leaves_the_others_alone(tiny_model, driver):
-    dense = generate(tiny_model, PROMPT, max_new_tokens=6)
-    ended = generate(tiny_model, PROMPT, Plan(depth=EndAt(at_B=jnp.array([2, 99, 5]))), max_new_tokens=6, driver=driver)
+def test_an_ended_text_gets_no_token_and_leaves_the_others_alone(shallow_model, driver):
+    dense = generate(shallow_model, PROMPT, max_new_tokens=6)
+    ended = generate(
+        shallow_model, PROMPT, Plan(depth=EndAt(at_B=jnp.array([2, 99, 5]))), max_new_tokens=6, driver=driver
+    )
     assert ended.lengths.tolist() == [2, 6, 5]
     assert ended.stopped.tolist() == [True, False, True]
     for row, length in enumerate((2, 6, 5)):
         assert np.array_equal(ended.tokens[row, :length], dense.tokens[row, :length])
         assert np.all(ended.tokens[row, length:] == PAD)
     # Token 2 of the first sequence left at layer 2; nothing ran for it afterwards.
-    assert ended.stats.needed[:, 0].tolist() == [6, 2, 0, 0, 0]
+    assert ended.stats.needed[:, 0].tolist() == [3, 2, 0, 0, 0]
 
 
-def test_the_loop_ends_with_the_last_text(tiny_model):
+def test_the_loop_ends_with_the_last_text(shallow_model):
     plan = Plan(depth=EndAt(at_B=jnp.array([1, 2, 2])))
-    ended = generate(tiny_model, PROMPT, plan, max_new_tokens=6)
+    ended = generate(shallow_model, PROMPT, plan, max_new_tokens=6)
     assert ended.lengths.tolist() == [1, 2, 2]
     assert np.any(ended.stats.active, axis=1).tolist() == [True, True, False, False, False]
-    streamed = [token.tolist() for token, _ in stream(tiny_model, PROMPT, plan, max_new_tokens=6)]
+    streamed = [token.tolist() for token, _ in stream(shallow_model, PROMPT, plan, max_new_tokens=6)]
     assert streamed == [*ended.tokens[:, :3].T.tolist()]
 
 

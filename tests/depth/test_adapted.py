@@ -77,13 +77,20 @@ def test_the_adapted_state_is_what_is_read_out(roll, driver):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (5, 4)))
     lengths = jnp.full(5, 3)
     out = roll.forward(roll.model, tokens, Plan(depth=policy), driver=driver, prompt_lengths=lengths)
-    dense = dyninf.layer_states(roll.model, tokens)[:, :, -1:]  # [L+1, B, 1, D]
+    dense = jax.jit(dyninf.layer_states)(roll.model, tokens)[:, :, -1:]  # [L+1, B, 1, D]
+
+    @jax.jit
+    def by_layer(dense):
+        layers = range(6)
+        gates, adapted = zip(*((policy.logits(i, dense[i]), policy.adapt(i, dense[i])) for i in layers), strict=True)
+        return jnp.stack(gates)[..., 0], jnp.stack(adapted)
+
+    gates, adapted = map(np.asarray, by_layer(dense))
     needed = []
     for row in range(5):
-        gates = [float(policy.logits(layer, dense[layer, row][None])[0, 0]) for layer in range(6)]
-        layer = next((layer for layer in range(2, 6) if gates[layer] > 0), 6)
+        layer = next((layer for layer in range(2, 6) if gates[layer, row] > 0), 6)
         needed.append(layer)
-        want = dense[6, row] if layer == 6 else policy.adapt(layer, dense[layer, row][None])[0]
+        want = dense[6, row] if layer == 6 else adapted[layer, row]
         np.testing.assert_allclose(out.states[row, -1:], want, rtol=1e-4, atol=1e-4)
     assert out.needed[:, -1].tolist() == needed and len(set(needed)) > 2
 

@@ -161,8 +161,8 @@ def never(*_):
 
 
 ALL = tuple(range(1, L))
-# Their parts stand in cases beside them: in slow runs.
-ALIKE = ("dense", "max_prob", "margin", "entropy", "patience_every_2", "first_of", "exit_at")
+# Their parts stand in cases beside them, "saturation" in tests/depth/test_exits.py by hand: in slow runs.
+ALIKE = ("saturation", "dense", "max_prob", "margin", "entropy", "patience_every_2", "first_of", "exit_at")
 CASES = {
     "dense": (Plan(), never, (), nothing),
     "max_prob": (Plan(depth=Confidence(threshold=0.9)), confident("max_prob", 0.9), ALL, nothing),

@@ -11,7 +11,7 @@ from dyninf import Plan
 from dyninf.compaction import Compact
 from dyninf.depth import AdaptedExit, JointExit, MetaExit, StopExit
 
-L, D, V, B, T = 6, 24, 61, 3, 7
+L, D, V, B, T = 3, 24, 61, 3, 7
 LENGTHS = np.array([7, 4, 5])
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits reach 30; the same sums in another order
 
@@ -53,30 +53,32 @@ def prompts():
 
 
 @pytest.fixture(scope="module")
-def base(roll, name, prompts):
-    return roll(Plan(depth=POLICIES[name]), prompts, LENGTHS)
+def base(shallow_roll, name, prompts):
+    return shallow_roll(Plan(depth=POLICIES[name]), prompts, LENGTHS)
 
 
 def test_tokens_decide_differently(base):
     assert len(set(base.stats.needed.ravel().tolist())) > 2
 
 
-def test_full_budget_is_dense_and_not_traced_again(roll, name, prompts, base):
-    before = roll.traces
-    full = roll(Plan(depth=dataclasses.replace(POLICIES[name], **NOTHING[name])), prompts, LENGTHS)
-    assert roll.traces == before and (full.stats.needed == L).all()
-    want = roll(Plan(), prompts, LENGTHS)
+def test_full_budget_is_dense_and_not_traced_again(shallow_roll, name, prompts, base):
+    before = shallow_roll.traces
+    full = shallow_roll(Plan(depth=dataclasses.replace(POLICIES[name], **NOTHING[name])), prompts, LENGTHS)
+    assert shallow_roll.traces == before and (full.stats.needed == L).all()
+    want = shallow_roll(Plan(), prompts, LENGTHS)
     np.testing.assert_array_equal(full.tokens, want.tokens)
     np.testing.assert_allclose(full.logits, want.logits, **CLOSE)
 
 
-def test_teacher_forcing_is_decoding(roll, name, prompts, base):
-    text = np.zeros((B, T + roll.steps), np.int32)
+def test_teacher_forcing_is_decoding(shallow_roll, name, prompts, base):
+    text = np.zeros((B, T + shallow_roll.steps), np.int32)
     for row, length in enumerate(LENGTHS):
         text[row, :length] = prompts[row, :length]
-        text[row, length : length + roll.steps] = np.maximum(base.tokens[row, : roll.steps], 0)
-    sizes = {"lengths": jnp.asarray(LENGTHS + roll.steps), "prompt_lengths": jnp.asarray(LENGTHS)}
-    out = roll.forward(roll.model, jnp.asarray(text), Plan(depth=POLICIES[name]), driver="masked", **sizes)
+        text[row, length : length + shallow_roll.steps] = np.maximum(base.tokens[row, : shallow_roll.steps], 0)
+    sizes = {"lengths": jnp.asarray(LENGTHS + shallow_roll.steps), "prompt_lengths": jnp.asarray(LENGTHS)}
+    out = shallow_roll.forward(
+        shallow_roll.model, jnp.asarray(text), Plan(depth=POLICIES[name]), driver="masked", **sizes
+    )
     for row, length in enumerate(LENGTHS):
         steps = base.stats.active[:, row].sum()  # fewer where the policy ended the text
         logits = np.asarray(out.logits)[row, length - 1 : length + steps]
@@ -85,10 +87,10 @@ def test_teacher_forcing_is_decoding(roll, name, prompts, base):
         np.testing.assert_array_equal(needed, base.stats.needed[:steps, row])
 
 
-def test_neighbours_and_padding_change_nothing(roll, name, prompts, base):
+def test_neighbours_and_padding_change_nothing(shallow_roll, name, prompts, base):
     others = np.random.default_rng(5).integers(0, V, (B, T))
     others[1, : LENGTHS[1]] = prompts[1, : LENGTHS[1]]
-    got = roll(Plan(depth=POLICIES[name]), others, np.array([2, LENGTHS[1], 6]))
+    got = shallow_roll(Plan(depth=POLICIES[name]), others, np.array([2, LENGTHS[1], 6]))
     np.testing.assert_array_equal(got.tokens[1], base.tokens[1])
     np.testing.assert_allclose(got.logits[1], base.logits[1], **CLOSE)
     np.testing.assert_array_equal(got.stats.needed[:, 1], base.stats.needed[:, 1])
@@ -96,15 +98,18 @@ def test_neighbours_and_padding_change_nothing(roll, name, prompts, base):
 
 # "stop" also ends texts, whose rows are left out.
 @pytest.mark.parametrize("name", [pytest.param("adapted", marks=pytest.mark.slow), "stop"], indirect=True)
-def test_gathered_rows_decide_the_same(roll, name, prompts, base):
-    got = roll(Plan(depth=POLICIES[name]), prompts, LENGTHS, driver=Compact(capacity=1))
+def test_gathered_rows_decide_the_same(shallow_roll, name, prompts, base):
+    got = shallow_roll(Plan(depth=POLICIES[name]), prompts, LENGTHS, driver=Compact(capacity=1))
     np.testing.assert_array_equal(got.tokens, base.tokens)
     np.testing.assert_array_equal(got.stats.needed, base.stats.needed)
 
 
-def test_nan_in_empty_slots_is_never_read(roll, name, prompts, base):
-    got = roll(
-        Plan(depth=POLICIES[name]), prompts, LENGTHS, edit=lambda state, _: roll.poison(state, roll.empty(state))
+def test_nan_in_empty_slots_is_never_read(shallow_roll, name, prompts, base):
+    got = shallow_roll(
+        Plan(depth=POLICIES[name]),
+        prompts,
+        LENGTHS,
+        edit=lambda state, _: shallow_roll.poison(state, shallow_roll.empty(state)),
     )
     np.testing.assert_array_equal(got.tokens, base.tokens)
     np.testing.assert_array_equal(got.stats.needed, base.stats.needed)

@@ -56,7 +56,7 @@ def test_a_token_exits_where_its_gate_fires_first(roll, driver):
     """Only the last token of each text decides: the others are prompt, so that dense states say what it must get."""
     policy, tokens = drawn(), jnp.asarray(np.random.default_rng(0).integers(0, 61, (5, 4)))
     out = roll.forward(roll.model, tokens, Plan(depth=policy), driver=driver, prompt_lengths=jnp.full(5, 3))
-    dense = np.asarray(dyninf.layer_states(roll.model, tokens)[:, :, -1])  # [L+1, B, D]
+    dense = np.asarray(jax.jit(dyninf.layer_states)(roll.model, tokens))[:, :, -1]  # [L+1, B, D]
     fires = np.einsum("lbd,ld->lb", dense[:6].astype(np.float64), np.asarray(policy.gate)) > 0.4
     fires[0] = False
     depths = np.where(fires.any(0), fires.argmax(0), 6)

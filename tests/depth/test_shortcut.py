@@ -1,6 +1,7 @@
 """Depth shortcuts: router and adapter by hand, what training mixes, and what a decoded token takes on."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def test_a_created_policy_skips_nothing_and_can_be_trained():
     x, y = jax.random.normal(jax.random.key(1), (2, 3, 4, 24))
     np.testing.assert_array_equal(policy.adapt(2, x), x)
     assert (policy.weight(2, 1e6 * x) < 0.12).all()
-    grads = jax.grad(lambda policy: jnp.sum(jnp.square(policy.mix(2, x, y))))(policy)
+    grads = jax.jit(jax.grad(lambda policy: jnp.sum(jnp.square(policy.mix(2, x, y)))))(policy)
     # The first weights of the adapter learn once the second ones are no longer zero, as in any such pair.
     for leaf in (grads.router, grads.bias, grads.up):
         assert np.isfinite(leaf).all() and np.abs(leaf[2]).max() > 0 and not np.delete(leaf, 2, 0).any()
@@ -90,6 +91,7 @@ def test_a_token_that_skips_takes_on_the_adapters_output(roll, driver):
     np.testing.assert_array_equal(out.needed, 4)
 
 
+@functools.partial(jax.jit, static_argnames="adapt")
 def by_hand(model, tokens, policy, adapt):
     def attend(q, k, v, *, window=None):
         return prefill_attention(q, k, v, None, window=window), None
@@ -100,7 +102,7 @@ def by_hand(model, tokens, policy, adapt):
             x = layer(x, positions, attend)[0]
         elif adapt:
             x = policy.adapt(index, x)
-    return np.asarray(x)
+    return x
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_drivers_are_numpy(roll, driver):
     """Only the last token of each text decides: the others are prompt, so that dense states say what it must get."""
     policy, tokens = drawn(), jnp.asarray(np.random.default_rng(0).integers(0, 61, (7, 4)))
     out = roll.forward(roll.model, tokens, Plan(depth=policy), driver=driver, prompt_lengths=jnp.full(7, 3))
-    dense, depths = np.asarray(dyninf.layer_states(roll.model, tokens)[:, :, -1]), []
+    dense, depths = np.asarray(jax.jit(dyninf.layer_states)(roll.model, tokens))[:, :, -1], []
     for row in range(7):
         depth = 6
         for layer in (5, 4, 3, 2, 1):

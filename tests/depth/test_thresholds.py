@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused(tiny_model, policy, message):
     [np.linspace(0.1, 0.95, 8), pytest.param(jnp.linspace(0.1, 1, 8), marks=pytest.mark.slow)],
     ids=["numpy", "jax"],
 )
-def test_a_sweep_of_eight_thresholds_is_traced_once(tiny_model, sweep):
+def test_a_sweep_of_eight_thresholds_is_traced_once(shallow_model, sweep):
     traced = []
 
     @pytree()
@@ -124,8 +124,8 @@ def test_a_sweep_of_eight_thresholds_is_traced_once(tiny_model, sweep):
 
     mean_depth = []
     for threshold in sweep:
-        plan = Plan(depth=every(Confidence(threshold=threshold), step=3), sampler=Count())
-        generation = generate(tiny_model, TOKENS, plan, max_new_tokens=5, lengths=LENGTHS)
+        plan = Plan(depth=every(Confidence(threshold=threshold), step=2), sampler=Count())
+        generation = generate(shallow_model, TOKENS, plan, max_new_tokens=5, lengths=LENGTHS)
         mean_depth.append(float(generation.stats.needed.mean()))
         if len(mean_depth) == 1:
             once = len(traced)

@@ -179,8 +179,8 @@ def test_budgets_measured_on_a_text_make_a_plan(tiny_model, rng):
     check(Plan(evict=TopK(scorer=D2O(), budget=budgets)), tiny_model)
 
 
-def test_a_state_that_does_not_merge_is_refused(roll, rng):
-    prompts = rng.integers(0, 61, (1, 9))
-    state = roll(Plan(evict=TopK(scorer=H2O(), budget=7)), prompts, np.array([9])).state
+def test_a_state_that_does_not_merge_is_refused(shallow_roll):
+    plan, merging = (Plan(evict=TopK(scorer=scorer, budget=7)) for scorer in (H2O(), D2O()))
+    shallow_roll.step_of_shapes(plan)
     with pytest.raises(ValueError, match="a state that was made for this plan"):
-        roll.step(roll.model, state, Plan(evict=TopK(scorer=D2O(), budget=7)), "unrolled")
+        shallow_roll.step_of_shapes(plan, used=merging)

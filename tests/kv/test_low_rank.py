@@ -1,6 +1,7 @@
 """Factors against NumPy's SVD, and what plans with a cache of factors hold, generate and refuse."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -106,8 +107,8 @@ def test_an_exiting_plan_may_hold_factors(roll):
     )
 
 
-def test_bfloat16_is_kept(tiny_model):
-    model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_model)
+def test_bfloat16_is_kept(shallow_model):
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), shallow_model)
     select = selection(8, rank=9, outliers=2, page_size=2)
     prompts = jnp.asarray(np.random.default_rng(4).integers(0, 61, (1, 30)))
     plan, spec = Plan(select=select), CacheSpec(capacity=34)
@@ -119,18 +120,19 @@ def test_bfloat16_is_kept(tiny_model):
     assert stats.kv_read.tolist() == [pytest.approx(31 - (30 - 2 * 2 - 8))]
 
 
-def test_a_state_of_other_settings_is_refused(tiny_model):
+def test_a_state_of_other_settings_is_refused(shallow_model):
     prompts, spec = jnp.zeros((1, 12), jnp.int32), CacheSpec(capacity=20)
     select = selection(4, rank=4, outliers=1, page_size=2)
-    _, state = read_prompt(tiny_model, prompts, jnp.array([12]), Plan(select=select), spec, jax.random.key(0))
+    start, arguments = functools.partial(prefill, spec=spec), (prompts, jnp.array([12]), Plan(select=select))
+    _, state = jax.eval_shape(start, shallow_model, *arguments, key=jax.random.key(0))
     changes = ({"rank": 5}, {"outliers": 2}, {"page_size": 4})
     others = [dataclasses.replace(select, scorer=dataclasses.replace(select.scorer, **change)) for change in changes]
     others += [dataclasses.replace(select, budget=20), dataclasses.replace(select, dense_layers=1)]
     others += [TopK(scorer=Quest(page_size=2), budget=4, sinks=0)]
     for other in others:
         with pytest.raises(ValueError, match="made for this plan"):
-            decode_step(tiny_model, state, Plan(select=other))
-    jax.eval_shape(decode_step, tiny_model, state, Plan(select=dataclasses.replace(select, budget=6)))
+            jax.eval_shape(decode_step, shallow_model, state, Plan(select=other))
+    jax.eval_shape(decode_step, shallow_model, state, Plan(select=dataclasses.replace(select, budget=6)))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,10 @@ from dyninf.cache import LayerCache
 from dyninf.kv import PageMean, PromptKV, Quest, RetrievalAttention, TokenSelect, TopK, page_recall
 from dyninf.models import ModelConfig, Transformer
 
+# Compiled as one program each: op by op, every shape would compile a dozen.
+_arrange = jax.jit(lambda scorer, seen, *ends: scorer.arrange(PromptKV(**seen), *ends), static_argnums=(2, 3))
+_recall = jax.jit(lambda select, seen, q, top: page_recall(select, PromptKV(**seen), q, top=top), static_argnums=3)
+
 
 def draw(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -58,7 +62,7 @@ def test_the_order_is_that_of_loops(iterations):
     lengths, sinks, recent = [40, 23, 5], 3, 2
     obs = prompt(1, lengths, 40)
     scorer = RetrievalAttention(page_size=4, centroids=5, samples=16, iterations=iterations)
-    order = np.asarray(scorer.arrange(obs, sinks, recent))
+    order = np.asarray(_arrange(scorer, vars(obs), sinks, recent))
     for row, length in enumerate(lengths):
         for head in range(2):
             k_TH = obs.k_BTKH[row, :, head]
@@ -76,7 +80,7 @@ def test_an_order_by_hand():
         q_BTNH=q_T[None, :, None], k_BTKH=k_T[None, :, None], v_BTKH=k_T[None, :, None], lengths_B=jnp.array([6])
     )
     # Asked at tokens 0 and 3: the centroids are (1, 0) and (-1, 0), to which keys 2 and 4, and 1 and 3 belong.
-    assert scorer.arrange(obs, 1, 1)[0, :, 0].tolist() == [0, 2, 4, 1, 3, 5]
+    assert _arrange(scorer, vars(obs), 1, 1)[0, :, 0].tolist() == [0, 2, 4, 1, 3, 5]
 
 
 def stored(select, obs, capacity):
@@ -129,8 +133,8 @@ def test_recall_is_that_of_loops(scorer):
     """Which slots the chosen pages hold is read off the scorer; what they catch and cost is counted here."""
     select, lengths = TopK(scorer=scorer, budget=12, sinks=2), [30, 21]
     obs, q_BQNH = prompt(11, lengths, 30), draw(14, 2, 3, 6, 8)
-    got = page_recall(select, obs, jnp.asarray(q_BQNH), top=5)
-    order = scorer.arrange(obs, 2, 1)
+    got, score = _recall(select, vars(obs), jnp.asarray(q_BQNH), 5), jax.jit(scorer.score)
+    order = _arrange(scorer, vars(obs), 2, 1)
     order = np.broadcast_to(np.arange(30)[None, :, None], (2, 30, 2)) if order is None else np.asarray(order)
     for row, length in enumerate(lengths):
         pages = -(-length // 4)
@@ -141,7 +145,7 @@ def test_recall_is_that_of_loops(scorer):
         summary = np.array(bounds if scorer.kind == "bounds" else means)[None]
         for question in range(3):
             q = q_BQNH[row, question]
-            scores = np.array(scorer.score(jnp.asarray(q[None, None]), jnp.asarray(summary), jnp.array([pages])))[0]
+            scores = np.array(score(q[None, None], summary, np.array([pages])))[0]
             scores[:, [0, pages - 1]] = np.inf
             for head in range(2):
                 chosen = np.argsort(-scores[head])[:3]
@@ -172,7 +176,7 @@ def test_an_arrangement_gathers_what_a_query_wants():
     mass = {}
     for scorer in (PageMean(page_size=8), RetrievalAttention(page_size=8, centroids=32, samples=128)):
         select = TopK(scorer=scorer, budget=32, sinks=0)
-        mass[type(scorer)] = float(page_recall(select, obs, asked, top=16).top.mean())
+        mass[type(scorer)] = float(_recall(select, vars(obs), asked, 16).top.mean())
     assert mass[RetrievalAttention] > 0.95 and mass[PageMean] < 0.6
 
 

@@ -8,6 +8,7 @@ cold-compress's ``KVCacheLSH`` (minghui-liu/cold-compress, b2ae9f0), run with to
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,6 +38,21 @@ class Signs(HashEvict):
 
     def directions(self, head_dim):
         return jnp.eye(head_dim)
+
+
+# Compiled as one program each: op by op, every shape would compile a dozen.
+store = jax.jit(lambda evict, *arguments: evict.store(*arguments))
+observe = jax.jit(lambda evict, *arguments: evict.observe(*arguments))
+_compress = jax.jit(lambda evict, cache, seen, active: evict.compress(cache, PromptKV(**seen), active))
+_prompt_scores = jax.jit(lambda scorer, seen: scorer.prompt(PromptKV(**seen)))
+
+
+def compress(evict, cache, obs, active):
+    return _compress(evict, cache, vars(obs), active)
+
+
+def prompt_scores(scorer, obs):
+    return _prompt_scores(scorer, vars(obs))
 
 
 def draw(seed, *shape):
@@ -71,10 +87,11 @@ def test_mass_of_a_prompt_is_what_loops_give(rng):
     """Two prompts of different lengths; longer than a chunk, so that the sum over chunks is seen."""
     q, k = rng.normal(size=(2, 150, 4, 8)).astype(np.float32), rng.normal(size=(2, 150, 2, 8)).astype(np.float32)
     lengths = np.array([150, 131])
+    obs = prompt_obs(q, k, lengths)
     got = {
-        "h2o": H2O().prompt(prompt_obs(q, k, lengths)),
-        "tova": TOVA().prompt(prompt_obs(q, k, lengths)),
-        "snap": SnapKV(window=7, kernel=5).prompt(prompt_obs(q, k, lengths)),
+        "h2o": prompt_scores(H2O(), obs),
+        "tova": prompt_scores(TOVA(), obs),
+        "snap": prompt_scores(SnapKV(window=7, kernel=5), obs),
     }
     for b, length in enumerate(lengths):
         rows = np.zeros((length, length, 2))
@@ -100,13 +117,13 @@ def test_h2o_decodes_as_the_papers_code(rng):
         19: ([0, 1, 6, 17, 18], [0, 1, 2, 17, 18], [0, 1, 4, 17, 18]),
     }
     evict = TopK(scorer=H2O(), budget=6, sinks=0, recent=3)
-    cache = evict.compress(empty_cache(6, heads, 8), prompt_obs(q[:length], k[:length]), jnp.ones((1, length), bool))
+    cache = compress(evict, empty_cache(6, heads, 8), prompt_obs(q[:length], k[:length]), jnp.ones((1, length), bool))
     yes = jnp.ones((1, 1), bool)
     for position in range(length, length + steps):
         at = jnp.array([[position]])
         new = jnp.asarray(k[None, None, position])
-        cache = evict.store(cache, new, new, at, yes)
-        cache = evict.observe(cache, jnp.asarray(q[None, None, position]), at, yes)
+        cache = store(evict, cache, new, new, at, yes)
+        cache = observe(evict, cache, jnp.asarray(q[None, None, position]), at, yes)
         if position in official:
             kept = [sorted(cache.positions[0, :, head].tolist()) for head in range(heads)]
             assert kept == [[*rest, position] for rest in official[position]]
@@ -115,7 +132,7 @@ def test_h2o_decodes_as_the_papers_code(rng):
 def test_snap_kv_chooses_as_the_papers_code():
     q, k = draw(3, 40, 4, 8) * 2, draw(4, 40, 2, 8)
     evict = TopK(scorer=SnapKV(window=6, kernel=3), budget=14, sinks=0, recent=6)
-    cache = evict.compress(empty_cache(14, 2, 8), prompt_obs(q, k), jnp.ones((1, 40), bool))
+    cache = compress(evict, empty_cache(14, 2, 8), prompt_obs(q, k), jnp.ones((1, 40), bool))
     assert cache.positions[0].T.tolist() == [
         [3, 22, 23, 24, 25, 27, 28, 29, 34, 35, 36, 37, 38, 39],
         [5, 6, 7, 8, 18, 28, 29, 30, 34, 35, 36, 37, 38, 39],
@@ -125,12 +142,12 @@ def test_snap_kv_chooses_as_the_papers_code():
 def test_generated_tokens_push_the_lowest_votes_out_of_snap_kv():
     q, k = draw(3, 40, 4, 8) * 2, draw(4, 60, 2, 8)
     evict = TopK(scorer=SnapKV(window=6, kernel=3), budget=14, sinks=0, recent=6)
-    cache = evict.compress(empty_cache(14, 2, 8), prompt_obs(q, k[:40]), jnp.ones((1, 40), bool))
+    cache = compress(evict, empty_cache(14, 2, 8), prompt_obs(q, k[:40]), jnp.ones((1, 40), bool))
     for position in range(40, 60):
         new = jnp.asarray(k[None, None, position])
         before = np.asarray(cache.scores[0])
         held = np.asarray(cache.positions[0])
-        cache = evict.store(cache, new, new, jnp.array([[position]]), jnp.ones((1, 1), bool))
+        cache = store(evict, cache, new, new, jnp.array([[position]]), jnp.ones((1, 1), bool))
         for head in range(2):
             gone = set(held[:, head]) - set(np.asarray(cache.positions[0, :, head]).tolist())
             free = held[:, head] < position + 1 - 6
@@ -141,7 +158,7 @@ def test_generated_tokens_push_the_lowest_votes_out_of_snap_kv():
 def test_tova_forgets_what_the_newest_query_attends_to_least(rng):
     q, k = rng.normal(size=(12, 4, 8)).astype(np.float32), rng.normal(size=(12, 2, 8)).astype(np.float32)
     evict = TopK(scorer=TOVA(), budget=5, sinks=0)
-    cache = evict.compress(empty_cache(5, 2, 8), prompt_obs(q[:8], k[:8]), jnp.ones((1, 8), bool))
+    cache = compress(evict, empty_cache(5, 2, 8), prompt_obs(q[:8], k[:8]), jnp.ones((1, 8), bool))
     weights = dict(enumerate(probabilities(q[7], k[:8]).mean(-1)))
     kept = [7, *sorted(range(7), key=lambda p: -weights[p])[:4]]
     for position in range(8, 12):
@@ -150,7 +167,7 @@ def test_tova_forgets_what_the_newest_query_attends_to_least(rng):
         kept.append(position)
         new = jnp.asarray(k[None, None, position])
         at, yes = jnp.array([[position]]), jnp.ones((1, 1), bool)
-        cache = evict.observe(evict.store(cache, new, new, at, yes), jnp.asarray(q[None, None, position]), at, yes)
+        cache = observe(evict, store(evict, cache, new, new, at, yes), jnp.asarray(q[None, None, position]), at, yes)
         weights = dict(zip(kept, probabilities(q[position], k[kept]).mean(-1), strict=True))
 
 
@@ -175,7 +192,7 @@ def test_pyramid_kv_has_the_budgets_and_the_choices_of_the_papers_code():
     q, k = draw(3, 60, 4, 8) * 2, draw(4, 60, 2, 8)
     for layer, chosen in official.items():
         evict = TopK(scorer=SnapKV(window=6, kernel=3), budget=budgets[layer], sinks=0, recent=6)
-        cache = evict.compress(empty_cache(budgets[layer], 2, 8), prompt_obs(q, k), jnp.ones((1, 60), bool))
+        cache = compress(evict, empty_cache(budgets[layer], 2, 8), prompt_obs(q, k), jnp.ones((1, 60), bool))
         assert cache.positions[0].T.tolist() == [[*rest, *range(54, 60)] for rest in chosen]
 
 
@@ -195,7 +212,7 @@ def test_expected_attention_is_that_of_kvpress():
     pad = lambda part: jnp.asarray(np.stack([part, np.concatenate([part[:14], 9 + part[14:]])]))  # noqa: E731
     obs = PromptKV(q_BTNH=pad(rotated), k_BTKH=pad(k), v_BTKH=pad(v), lengths_B=jnp.array([20, 14]))
     scorer = ExpectedAttention(theta=theta, future=16)
-    scores = scorer.prompt(obs)
+    scores = prompt_scores(scorer, obs)
     first = [0.04749, 0.09529, 0.14984, 0.06753, 0.68492, 0.11553, 0.03427, 0.10179]
     first += [0.0684, 0.07762, 0.01618, 0.23513, 0.30947, 0.0577, 0.0122, 0.67757]
     second = [0.68176, 0.09364, 0.00727, 0.01989, 0.35004, 0.07795, 0.03041, 0.00788]
@@ -203,7 +220,7 @@ def test_expected_attention_is_that_of_kvpress():
     np.testing.assert_allclose(scores[0, 4:].T, [first, second], atol=2e-5)
     assert (scores[:, :4] > 1e3).all(), "sinks stay"
     short = prompt_obs(rotated[:14], k[:14])
-    alone = scorer.prompt(dataclasses.replace(short, v_BTKH=jnp.asarray(v[None, :14])))
+    alone = prompt_scores(scorer, dataclasses.replace(short, v_BTKH=jnp.asarray(v[None, :14])))
     np.testing.assert_allclose(scores[1, :14], alone[0], rtol=1e-4, atol=1e-6)
 
 
@@ -211,7 +228,7 @@ def test_critic_is_what_loops_give(rng):
     """Two prompts, one of them padded, longer than a chunk of queries; entropies add up from single probabilities."""
     q, k = rng.normal(size=(2, 140, 4, 8)).astype(np.float32), rng.normal(size=(2, 140, 2, 8)).astype(np.float32)
     lengths = np.array([140, 33])
-    scores = Critic(attention=0.7, entropy=0.2).prompt(prompt_obs(q, k, lengths))
+    scores = prompt_scores(Critic(attention=0.7, entropy=0.2), prompt_obs(q, k, lengths))
     spread = lambda part: (part - part.min()) / (part.max() - part.min())  # noqa: E731
     for row, length in enumerate(lengths):
         received, entropy = np.zeros(length), np.zeros(length)
@@ -229,8 +246,8 @@ def test_critic_of_two_tokens_by_hand():
     """Zero queries attend evenly: received 1 + 1/2 and 1/2, entropies 0 and log 2."""
     zeros = np.zeros((2, 2, 8), np.float32)
     # Both spread to 1 and 0, and 0 and 1; half of each.
-    np.testing.assert_allclose(Critic().prompt(prompt_obs(zeros, zeros)), np.full((1, 2, 2), 0.5))
-    np.testing.assert_allclose(Critic(entropy=0.1).prompt(prompt_obs(zeros, zeros))[0, :, 0], [0.5, 0.1])
+    np.testing.assert_allclose(prompt_scores(Critic(), prompt_obs(zeros, zeros)), np.full((1, 2, 2), 0.5))
+    np.testing.assert_allclose(prompt_scores(Critic(entropy=0.1), prompt_obs(zeros, zeros))[0, :, 0], [0.5, 0.1])
 
 
 def test_hashes_evict_as_the_papers_code(monkeypatch):
@@ -245,10 +262,10 @@ def test_hashes_evict_as_the_papers_code(monkeypatch):
     }
     k = draw(22, 30, 2, 8)
     evict = TopK(scorer=HashEvict(bits=12), budget=8, sinks=2, recent=3)
-    cache = evict.compress(empty_cache(8, 2, 8), prompt_obs(k[:6], k[:6]), jnp.ones((1, 6), bool))
+    cache = compress(evict, empty_cache(8, 2, 8), prompt_obs(k[:6], k[:6]), jnp.ones((1, 6), bool))
     for position in range(6, 30):
         new = jnp.asarray(k[None, None, position])
-        cache = evict.store(cache, new, new, jnp.array([[position]]), jnp.ones((1, 1), bool))
+        cache = store(evict, cache, new, new, jnp.array([[position]]), jnp.ones((1, 1), bool))
         if position in official:
             kept = [{0, 1, *rest, *range(max(position - 2, 6), position + 1)} for rest in official[position]]
             assert [set(head) for head in cache.positions[0].T.tolist()] == kept
@@ -260,7 +277,7 @@ def test_hashes_keep_what_is_most_like_the_end_of_a_long_prompt():
     signs = np.array([[-1, -1], [1, 1], [1, -1], [-1, 1], [-1, -1], [1, 1]], np.float32)
     HashEvict(bits=2).validate()
     evict = TopK(scorer=Signs(bits=2), budget=4, sinks=0)
-    cache = evict.compress(empty_cache(4, 1, 2), prompt_obs(signs[:, None], signs[:, None]), jnp.ones((1, 6), bool))
+    cache = compress(evict, empty_cache(4, 1, 2), prompt_obs(signs[:, None], signs[:, None]), jnp.ones((1, 6), bool))
     assert cache.positions[0, :, 0].tolist() == [1, 2, 3, 5]
 
 

@@ -68,7 +68,8 @@ def test_the_kernel_interpreted(rng, slots, kind, reduce):
 
     arrays = arguments(rng, SLOTS[slots], kind, jnp.bfloat16, pages=64)
     counts, layer = whole_pages(arrays[5], S, PAGE), jnp.int32(1)
-    want = apart.append_and_score(*arrays, counts, layer, kind=kind, page_size=PAGE, reduce=reduce)
+    plain = jax.jit(functools.partial(apart.append_and_score, kind=kind, page_size=PAGE, reduce=reduce))
+    want = plain(*arrays, counts, layer)
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=1)
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):

@@ -71,12 +71,13 @@ def assert_merges(run, arrays, rtol):
     np.testing.assert_allclose(threshold, want[2], rtol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [(7, 1, 4), (113, 3, 8), (64, 2, 64)], ids=str)
+@pytest.mark.parametrize("sizes", [(7, 1, 4), (113, 3, 8), pytest.param((64, 2, 64), marks=pytest.mark.slow)], ids=str)
 def test_victims_merge_as_loops_merge_them(rng, sizes):
     arrays = make(rng, *sizes)
     run = jax.jit(functools.partial(merge_victims, momentum=MOMENTUM, layer=jnp.int32(1)))
     assert_merges(run, arrays, 1e-5)
-    single = merge_victims(*(array[1] for array in arrays[:2]), *arrays[2:], momentum=jnp.float32(MOMENTUM))
+    alone = jax.jit(merge_victims)
+    single = alone(*(array[1] for array in arrays[:2]), *arrays[2:], momentum=jnp.float32(MOMENTUM))
     for one, other in zip(single, run(*arrays), strict=True):
         np.testing.assert_allclose(one, other if one.ndim == 1 else other[1], rtol=1e-6)
 
@@ -84,7 +85,7 @@ def test_victims_merge_as_loops_merge_them(rng, sizes):
 def test_victims_outside_are_the_nearest_ones(rng):
     arrays = list(make(rng, 9, 2, 4))
     arrays[2] = jnp.array([[-3, 0], [0, 0], [8, 8], [99, 8]], jnp.int32)
-    run = functools.partial(merge_victims, momentum=MOMENTUM, layer=jnp.int32(5))
+    run = jax.jit(functools.partial(merge_victims, momentum=MOMENTUM, layer=jnp.int32(5)))
     far = run(*arrays)
     arrays[2] = jnp.clip(arrays[2], 0, 8)
     for one, other in zip(far, run(*arrays), strict=True):
@@ -146,14 +147,15 @@ def test_a_prompt_merges_as_loops_merge_it(rng, monkeypatch, count, chunk_bytes)
                 np.testing.assert_allclose(got[part][1, b, :, h], total / taken, rtol=2e-5, atol=1e-5)
     for part in range(2):
         np.testing.assert_array_equal(got[part][0], held[part][0])
-    single = merge_tokens(*(array[1] for array in arrays[:2]), *arrays[2:], momentum=MOMENTUM)
+    alone = jax.jit(functools.partial(merge_tokens, momentum=MOMENTUM))
+    single = alone(*(array[1] for array in arrays[:2]), *arrays[2:])
     np.testing.assert_allclose(single[0], got[0][1], rtol=1e-5, atol=1e-6)
 
 
 def test_a_prompt_that_evicts_nothing_stays(rng):
     k, v, _, _, live, threshold = make(rng, 9, 2, 4)
     none = jnp.zeros((4, 2, 0), jnp.int32)
-    got = merge_tokens(k[1], v[1], k[1], v[1], none, live, threshold, momentum=0.5)
+    got = jax.jit(functools.partial(merge_tokens, momentum=0.5))(k[1], v[1], k[1], v[1], none, live, threshold)
     for one, other in zip(got, (k[1], v[1], threshold), strict=True):
         np.testing.assert_array_equal(one, other)
 

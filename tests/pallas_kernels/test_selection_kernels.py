@@ -73,7 +73,8 @@ def read_case(rng, dtype="bfloat16", **sizes):
 def assert_reads(run, case, window):
     """Compare with float32, within twice the error of plain JAX in the input dtype."""
     q, k, v, positions, index = case
-    plain = functools.partial(decode_attention, layer=jnp.int32(1), index=index, window=window, implementation="xla")
+    about = {"layer": jnp.int32(1), "index": index, "window": window, "implementation": "xla"}
+    plain = jax.jit(functools.partial(decode_attention, **about))
     with jax.default_matmul_precision("highest"):
         want = np.asarray(plain(*(x.astype(jnp.float32) for x in (q, k, v)), positions))
     error = lambda got: np.linalg.norm(np.asarray(got, np.float32) - want) / max(np.linalg.norm(want), 1e-9)  # noqa: E731
@@ -158,15 +159,10 @@ def score_case(rng, *, batch=2, tokens=1, heads=6, kv=2, dim=64, pages=136, kind
 
 def assert_scores(run, case, reduce):
     q, summary, used = case
+    about = {"reduce": reduce, "scale": 0.3, "layer": jnp.int32(1), "implementation": "xla"}
     with jax.default_matmul_precision("highest"):
-        want = page_scores(
-            *(x.astype(jnp.float32) for x in (q, summary)),
-            used,
-            reduce=reduce,
-            scale=0.3,
-            layer=jnp.int32(1),
-            implementation="xla",
-        )
+        plain = jax.jit(functools.partial(page_scores, **about))
+        want = plain(*(x.astype(jnp.float32) for x in (q, summary)), used)
     np.testing.assert_allclose(run(*case), want, rtol=2e-3, atol=1e-4)
 
 

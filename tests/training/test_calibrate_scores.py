@@ -1,5 +1,6 @@
 """Scores of exits against the policies that will compare them: the same numbers, samples, and what is refused."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,8 +56,9 @@ def test_chunks_and_batches_change_nothing(tiny_model, texts):
 def test_agreement_is_with_the_dense_prediction(tiny_model, texts):
     exits = (1, 3, 6)
     found = collect_agreement(tiny_model, texts, LENGTHS, exits)
-    states_LBTD = layer_states(tiny_model, texts, jnp.asarray(LENGTHS))
-    tokens_EBT = np.stack([np.asarray(tiny_model.unembed(states_LBTD[layer])).argmax(-1) for layer in exits])
+    states_LBTD = jax.jit(layer_states)(tiny_model, texts, jnp.asarray(LENGTHS))
+    unembed = jax.jit(tiny_model.unembed)
+    tokens_EBT = np.stack([np.asarray(unembed(states_LBTD[layer])).argmax(-1) for layer in exits])
     kept = (np.arange(7)[None] > 0) & (np.arange(7)[None] < LENGTHS[:, None])
     np.testing.assert_array_equal(found, (tokens_EBT == tokens_EBT[-1:])[:, kept].T)
     assert found.dtype == bool and found[:, 2].all() and 0 < found[:, 1].mean() < 1
