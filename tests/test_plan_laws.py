@@ -114,11 +114,11 @@ def ample(policy):
 
 def drivers(name):
     """The drivers that can run a plan; the one that compiles longest for some plans only."""
-    if PLANS[name].fill == "catch_up" or PLANS[name].sparsity.revive:
-        return ("segments",) if PLANS[name].fill == "catch_up" else ("unrolled",)
+    if PLANS[name].fill == "catch_up":
+        return ("segments",)
+    if PLANS[name].sparsity.revive:
+        return ("unrolled",)
     selected, kept = getattr(PLANS[name].select, "dense_layers", 0), getattr(PLANS[name].evict, "budget", 0)
-    if name == "sparse_a_shape":  # steps as other static plans; other shapes step with every driver in slow runs
-        return ("segments", "unrolled")
     ran = DRIVERS[:2] if selected or isinstance(kept, tuple) else DRIVERS  # scan needs one kind of cache
     return (*ran, *(["unrolled"] if name in STATIC else []), *([Compact(capacity=2)] if name in COMPACT else []))
 
