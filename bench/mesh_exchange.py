@@ -45,12 +45,11 @@ def main() -> int:
     if jax.default_backend() != "gpu" or len(jax.devices()) < 2:
         parser.error(f"expected two GPUs, got {len(jax.devices())} devices of {jax.default_backend()}")
     config, mesh = shapes()[arguments.shape], make_mesh({"tensor": 2}, jax.devices()[:2])
+    timed = (time_layers, 2 * config.num_layers), (functools.partial(time_sums, kernel=True), 2), (time_sums, 2)
+    programs = dict(zip(PROGRAMS, timed, strict=True))
     for batch in map(int, arguments.batch.split(",")):
-        kernel = functools.partial(time_sums, kernel=True)
-        layers = 2 * config.num_layers
-        for name, time, sums in (("in_kernel", time_layers, layers), ("kernel", kernel, 2), ("psum", time_sums, 2)):
-            if name not in arguments.programs:
-                continue
+        for name in arguments.programs:
+            time, sums = programs[name]
             both = time(config, batch, mesh, arguments.steps)
             alone = time(config, batch, None, arguments.steps)
             row = {"bench": "mesh_exchange", "program": name, "shape": arguments.shape, "batch": batch}

@@ -117,6 +117,15 @@ def refuse_unless_hopper(platform: str, capability: str | None) -> str | None:
     return None
 
 
+def refuse_peers(numbers: list[int]) -> str | None:
+    """Return why devices of these numbers cannot write to each other's memory in a Mosaic GPU kernel, or ``None``."""
+    if jax.process_count() > 1:
+        return f"needs devices of one process to share layers, got {jax.process_count()} processes"
+    if numbers != list(range(len(numbers))):
+        return f"needs a mesh of the first devices, in the order of their numbers, to share layers, got {numbers}"
+    return None
+
+
 def refuse_dtypes(found: dict[str, Any], served: tuple[str, ...]) -> str | None:
     """Return why a kernel that takes one dtype everywhere cannot serve, or ``None``.
 

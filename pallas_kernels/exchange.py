@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, scf
 
-EMPTY_BITS = 0xFFFF0BAD  # a NaN; arithmetic on a GPU gives 0x7FFFFFFF
+EMPTY_BITS = 0xFFFF0BAD - 2**32  # a NaN, as an int32; arithmetic on a GPU gives 0x7FFFFFFF
 TILE = plgpu.Layout.WGMMA  # [64 features or slots, rows]
 
 
@@ -97,7 +97,7 @@ def _addresses(layout, ref):
 
 
 def _empty(layout, ctx, ref):
-    bits = mgpu.c(EMPTY_BITS - 2**32, ir.IntegerType.get_signless(32))
+    bits = mgpu.c(EMPTY_BITS, ir.IntegerType.get_signless(32))
     for address in _addresses(layout, ref)[1]:
         mgpu.utils.inline_ptx("st.relaxed.gpu.global.v2.b32 [$0], {$1, $1};", address, bits, has_side_effects=True)
 
@@ -116,7 +116,7 @@ def _send(layout, ctx, ref, tile):
 
 def _take(layout, scope, ctx, *refs):
     i32 = ir.IntegerType.get_signless(32)
-    unwritten = mgpu.c(EMPTY_BITS - 2**32, i32)
+    unwritten = mgpu.c(EMPTY_BITS, i32)
     places = [_addresses(layout, ref) for ref in refs]
     addresses = [address for _, found in places for address in found]
     loop = scf.WhileOp([i32] * (2 * len(addresses)), [mgpu.c(0, i32)] * (2 * len(addresses)))

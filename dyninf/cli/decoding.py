@@ -105,7 +105,7 @@ def random_state(
     On a mesh its cache is laid out as that of a prefill, and made where it lies.
     """
     spec = dyninf.CacheSpec(capacity=capacity)
-    tokens, lengths = jnp.zeros((batch, length), jnp.int32), jnp.full(batch, length)
+    tokens, lengths = jnp.zeros((batch, length), jnp.int32), jnp.full(batch, length, jnp.int32)
     like = jax.eval_shape(lambda m, p: dyninf.prefill(m, tokens, lengths, p, spec, key)[1], model, plan)
 
     mesh = model.where.mesh if isinstance(model, MeshModel) else None
@@ -119,7 +119,7 @@ def random_state(
     else:
         keys = jax.random.split(key, len(like.cache.layers))
         layers = tuple(draw(cache, layer_key) for cache, layer_key in zip(like.cache.layers, keys, strict=True))
-    cache = dyninf.KVCache(layers=layers, length=lengths.astype(jnp.int32))
+    cache = dyninf.KVCache(layers=layers, length=lengths)
     return dyninf.DecodeState(
         token=jax.random.randint(key, (batch,), 0, vocab_size(model)),
         cache=cache,

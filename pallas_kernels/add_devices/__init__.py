@@ -53,7 +53,7 @@ def add_devices(
         return residual_BD + part_BD
     facts = _facts(*found, part_BD.shape, part_BD.dtype, None if inbox is None else inbox.shape)
     chosen = choose("add_devices", ADD_DEVICES, implementation, **facts)
-    return chosen.run(part_BD, residual_BD, *found, *([inbox] if chosen.name == "mosaic_gpu" else []))
+    return chosen.run(part_BD, residual_BD, *found, inbox)
 
 
 def add_product(residual_BTD: jax.Array, y: jax.Array, weights: jax.Array) -> jax.Array:
@@ -68,19 +68,10 @@ def add_product(residual_BTD: jax.Array, y: jax.Array, weights: jax.Array) -> ja
     """
     letters = "BTNH"[: y.ndim]
     spec = f"{letters},{letters[2:]}D->BTD"
-    inbox, split = inbox_at_hand(), parts()
-    if inbox is None or y.shape[1] != 1 or y.shape[2] % split["heads"] or residual_BTD.dtype != y.dtype:
+    found = _kernel_for(residual_BTD, y)
+    if found is None:
         return residual_BTD + jnp.einsum(spec, y, weights)
-    mesh, axes, array = inbox
-    rows = y.shape[0] if y.shape[0] % split["batch"] else y.shape[0] // split["batch"]
-    if rows * weights.shape[-1] > FEW:
-        return residual_BTD + jnp.einsum(spec, y, weights)
-    # A constant of this trace is no array of its own, and differs from what other programs write to.
-    shape = array.shape if isinstance(array, jax.core.Tracer) else None
-    facts = _facts(mesh, axes, (rows, weights.shape[-1]), residual_BTD.dtype, shape)
-    chosen = choose("add_devices", ADD_DEVICES, None, **facts)
-    if chosen.name != "mosaic_gpu":
-        return residual_BTD + jnp.einsum(spec, y, weights)
+    chosen, mesh, axes, array = found
 
     def on_device(residual: jax.Array, y: jax.Array, weights: jax.Array, inbox: jax.Array) -> jax.Array:
         part_BTD = jnp.einsum(spec, y, weights, preferred_element_type=jnp.float32)
@@ -88,6 +79,24 @@ def add_product(residual_BTD: jax.Array, y: jax.Array, weights: jax.Array) -> ja
 
     marked = per_device("BTD", residual="BTD", y=letters, weights=f"{letters[2:]}D", inbox="Z____")(on_device)
     return marked(residual_BTD, y, weights, array)
+
+
+def _kernel_for(
+    residual_BTD: jax.Array, y: jax.Array
+) -> tuple[Implementation, Mesh, tuple[str, ...], jax.Array] | None:
+    """Return the kernel that adds a product to a residual, the mesh, its axes and the inbox; ``None`` for XLA."""
+    at_hand, split = inbox_at_hand(), parts()
+    batch, length, width = residual_BTD.shape
+    if at_hand is None or length != 1 or y.shape[2] % split["heads"] or residual_BTD.dtype != y.dtype:
+        return None
+    mesh, axes, inbox = at_hand
+    rows = batch if batch % split["batch"] else batch // split["batch"]
+    if rows * width > FEW:
+        return None
+    # A constant of this trace is no array of its own, and differs from what other programs write to.
+    shape = inbox.shape if isinstance(inbox, jax.core.Tracer) else None
+    chosen = choose("add_devices", ADD_DEVICES, None, **_facts(mesh, axes, (rows, width), residual_BTD.dtype, shape))
+    return (chosen, mesh, axes, inbox) if chosen.name == "mosaic_gpu" else None
 
 
 def make_inbox(mesh: Mesh, axes: tuple[str, ...], width: int) -> jax.Array | None:
@@ -109,11 +118,11 @@ def make_inbox(mesh: Mesh, axes: tuple[str, ...], width: int) -> jax.Array | Non
     if chosen.name != "mosaic_gpu":
         return None
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    fill = jax.jit(lambda: jnp.full(shape, EMPTY_BITS - 2**32, jnp.int32), out_shardings=sharding)
+    fill = jax.jit(lambda: jnp.full(shape, EMPTY_BITS, jnp.int32), out_shardings=sharding)
     return jax.block_until_ready(fill())  # on every device, before any other writes to it
 
 
 def _facts(mesh, axes, shape, dtype, inbox):
     """Return what implementations are chosen by."""
     facts = {"platform": platform(), "shape": shape, "dtype": dtype, "devices": num_parts(mesh, axes), "inbox": inbox}
-    return facts | {"numbers": device_numbers() or None}
+    return facts | {"numbers": device_numbers()}

@@ -37,7 +37,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
 
-from pallas_kernels.dispatch import refuse_unless_hopper
+from pallas_kernels.dispatch import refuse_peers, refuse_unless_hopper
 from pallas_kernels.exchange import ranks, send, take
 from pallas_kernels.partition import num_parts
 
@@ -63,7 +63,7 @@ def refuse(
     shape: tuple[int, ...],
     dtype: Any,
     devices: int,
-    numbers: list[int] | None = None,
+    numbers: list[int],
     inbox: tuple[int, ...] | None = None,
     **facts: Any,
 ) -> str | None:
@@ -77,10 +77,8 @@ def refuse(
         return f"needs at most {MAX_ROWS} rows, got {rows}"
     if width % ALIGNED or rows * width < PIECE:
         return f"needs a width that is a multiple of {ALIGNED}, and {PIECE} numbers, got {rows} x {width}"
-    if jax.process_count() > 1:
-        return f"needs devices of one process, got {jax.process_count()} processes"
-    if numbers is not None and numbers != list(range(len(numbers))):
-        return f"needs a mesh of the first devices, in the order of their numbers, got {numbers}"
+    if reason := refuse_peers(numbers):
+        return reason
     if inbox is None:
         return "needs an inbox that is an argument of the program"
     if inbox[1:] != inbox_shape(1, devices, width)[1:]:

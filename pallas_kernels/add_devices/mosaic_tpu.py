@@ -34,7 +34,7 @@ def refuse(*, shape: tuple[int, ...], dtype: Any, devices: int, **facts: Any) ->
     return None
 
 
-def add_devices(part_BD, residual_BD, mesh, axes):
+def add_devices(part_BD, residual_BD, mesh, axes, inbox=None):
     """See :func:`pallas_kernels.add_devices.add_devices`."""
     devices = num_parts(mesh, axes)
     return pl.pallas_call(

@@ -10,7 +10,7 @@ def refuse(**facts: Any) -> None:
     """Return ``None``: serves every call."""
 
 
-def add_devices(part_BD, residual_BD, mesh, axes):
+def add_devices(part_BD, residual_BD, mesh, axes, inbox=None):
     """See :func:`pallas_kernels.add_devices.add_devices`."""
     total_BD = jax.lax.psum(part_BD.astype(jnp.float32), axes)
     return residual_BD + total_BD.astype(residual_BD.dtype)

@@ -29,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.decoder_stack.geometry import PHASES, UNIT, Geometry, refuse_geometry, refuse_parts
 from pallas_kernels.decoder_stack.tiles import divide, fill_tile, fill_units
 from pallas_kernels.decoder_stack.worker import Worker
-from pallas_kernels.dispatch import refuse_unless_hopper
+from pallas_kernels.dispatch import refuse_peers, refuse_unless_hopper
 from pallas_kernels.exchange import EMPTY_BITS, ranks
 from pallas_kernels.partition import num_parts, sharing
 
@@ -57,10 +57,8 @@ def refuse(*, platform: str, dtypes: set, sizes: dict, parts: dict, devices: lis
         return f"needs weights, states and cache in bfloat16, got {', '.join(sorted(map(str, dtypes)))}"
     if reason := refuse_parts(parts, sizes):
         return reason
-    if peers > 1 and jax.process_count() > 1:
-        return f"needs devices of one process to share layers, got {jax.process_count()} processes"
-    if peers > 1 and devices != list(range(len(devices))):
-        return f"needs a mesh of the first devices, in the order of their numbers, to share layers, got {devices}"
+    if peers > 1 and (reason := refuse_peers(devices)):
+        return reason
     sizes = sizes | {"kv_heads": sizes["kv_heads"] // peers, "d_ff": sizes["d_ff"] // peers, "peers": peers}
     if sizes["batch"] % parts["batch"] == 0:
         sizes["batch"] //= parts["batch"]
@@ -133,7 +131,7 @@ def decode_layers(
         "first_sums": jnp.zeros((g.padded_tiles, g.rows), jnp.float32).at[0].set(squares),
         "k_cache": jax.new_ref(k_LBSKH),
         "v_cache": jax.new_ref(v_LBSKH),
-        "inbox": jax.new_ref(jnp.full(g.inbox, EMPTY_BITS - 2**32, jnp.int32)),
+        "inbox": jax.new_ref(jnp.full(g.inbox, EMPTY_BITS, jnp.int32)),
     }
     kernel = build(
         g,

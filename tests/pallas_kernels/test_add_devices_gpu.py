@@ -75,7 +75,7 @@ def same_everywhere(got, want):
 
 
 def at_rest(inbox):
-    return bool((np.asarray(inbox)[:, :-1] == np.int32(EMPTY_BITS - 2**32)).all())
+    return bool((np.asarray(inbox)[:, :-1] == np.int32(EMPTY_BITS)).all())
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def at_rest(inbox):
         ({"shape": (65, 4096)}, "at most 64 rows, got 65"),
         ({"shape": (8, 4100)}, "a multiple of 8, and 256 numbers, got 8 x 4100"),
         ({"shape": (1, 128)}, "a multiple of 8, and 256 numbers, got 1 x 128"),
-        ({"numbers": [1, 0]}, "the first devices, in the order of their numbers, got [1, 0]"),
-        ({"numbers": None}, None),
+        ({"numbers": [1, 0]}, "the first devices, in the order of their numbers, to share layers, got [1, 0]"),
+        ({"numbers": []}, None),  # of a mesh that is only described
         ({"inbox": None}, "needs an inbox that is an argument of the program"),
         ({"inbox": (2, 9, 128, 8, 256)}, "an inbox for 2 devices and a width of 4096, got one of shape"),
         ({"capability": "8.0"}, "needs a Hopper GPU (compute capability 9.0), got 8.0"),
-        ({"processes": 2}, "needs devices of one process, got 2 processes"),
+        ({"processes": 2}, "needs devices of one process to share layers, got 2 processes"),
     ],
     ids=str,
 )
