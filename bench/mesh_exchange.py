@@ -39,21 +39,19 @@ def main() -> int:
     parser.add_argument("--shape", default="llama3.1-8b", choices=shapes())
     parser.add_argument("--batch", default="1,8", help="batch sizes, separated by commas")
     parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS, help="(default: all)")
-    parser.add_argument("--steps", type=int, default=20, help="steps, or layers of sums, in a program")
+    parser.add_argument("--steps", type=int, default=20, help="steps, each two sums a layer, in a program")
     parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too")
     arguments = parser.parse_args()
     if jax.default_backend() != "gpu" or len(jax.devices()) < 2:
         parser.error(f"expected two GPUs, got {len(jax.devices())} devices of {jax.default_backend()}")
     config, mesh = shapes()[arguments.shape], make_mesh({"tensor": 2}, jax.devices()[:2])
-    timed = (time_layers, 2 * config.num_layers), (functools.partial(time_sums, kernel=True), 2), (time_sums, 2)
-    programs = dict(zip(PROGRAMS, timed, strict=True))
+    programs = dict(zip(PROGRAMS, (time_layers, functools.partial(time_sums, kernel=True), time_sums), strict=True))
     for batch in map(int, arguments.batch.split(",")):
         for name in arguments.programs:
-            time, sums = programs[name]
-            both = time(config, batch, mesh, arguments.steps)
-            alone = time(config, batch, None, arguments.steps)
+            both = programs[name](config, batch, mesh, arguments.steps)
+            alone = programs[name](config, batch, None, arguments.steps)
             row = {"bench": "mesh_exchange", "program": name, "shape": arguments.shape, "batch": batch}
-            row |= {"bytes": 2 * batch * config.d_model, "us": 1e6 * (both - alone) / sums}
+            row |= {"bytes": 2 * batch * config.d_model, "us": 1e6 * (both - alone) / (2 * config.num_layers)}
             row |= {"both_ms": 1e3 * both, "alone_ms": 1e3 * alone}
             write_row(row | describe_device(), arguments.jsonl)
     return 0
@@ -106,7 +104,7 @@ def time_layers(config: Any, batch: int, mesh: Any, steps: int) -> float:
 
 
 def time_sums(config: Any, batch: int, mesh: Any, steps: int, *, kernel: bool = False) -> float:
-    """Return the seconds of two sums with what follows them, or of what follows them alone."""
+    """Return the seconds of one token's sums, two a layer, with what follows them, or of what follows them alone."""
 
     def add(part_BD, residual_BD, inbox):
         if mesh and kernel:
@@ -114,13 +112,16 @@ def time_sums(config: Any, batch: int, mesh: Any, steps: int, *, kernel: bool = 
         return residual_BD + (jax.lax.psum(part_BD, "tensor") if mesh else part_BD)
 
     def chain(parts_NBD, residual_BD, inbox):
-        part_BD = parts_NBD[0]
-        for _ in range(2 * steps):
-            residual_BD = add(part_BD, residual_BD, inbox)
-            wide = residual_BD.astype(jnp.float32)
-            scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_eps)
-            part_BD = (wide * scale).astype(residual_BD.dtype)
-        return residual_BD
+        def step(_, carry):
+            part_BD, residual_BD = carry
+            for _ in range(2 * config.num_layers):
+                residual_BD = add(part_BD, residual_BD, inbox)
+                wide = residual_BD.astype(jnp.float32)
+                scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_eps)
+                part_BD = (wide * scale).astype(residual_BD.dtype)
+            return part_BD, residual_BD
+
+        return jax.lax.fori_loop(0, steps, step, (parts_NBD[0], residual_BD))[1]
 
     marked = per_device("BD", inbox="Z____")(chain)
 

@@ -23,7 +23,6 @@ class Geometry:
         d_model, d_ff, kv_heads, group, head_dim: sizes of a layer; ``group`` query heads share a key/value head.
         batch: sequences; ``capacity`` cache slots of each.
         blocks: thread blocks that run at once, one a multiprocessor.
-        in_flight: units that are being read at once; more would only lengthen every other trip through memory.
         peers: devices that share a layer; ``d_ff`` and ``kv_heads`` are those of one of them.
     """
 
@@ -36,7 +35,6 @@ class Geometry:
     batch: int
     capacity: int
     blocks: int
-    in_flight: int = 2
     peers: int = 1
 
     @property
@@ -89,6 +87,11 @@ class Geometry:
     def stages(self) -> int:
         """Units in the ring of weights; the most query heads leave room for one less beside the fewest rows."""
         return {8: 6, 16: 5, 32: 5, 64: 4}[self.rows] - (self.rows == 8 and self.head_rows == 24)
+
+    @property
+    def in_flight(self) -> int:
+        """Units of weights that are being read at once; more would only lengthen every other trip through memory."""
+        return {8: 3, 16: 3, 32: 3, 64: 2}[self.rows]
 
     @property
     def feeds(self) -> int:

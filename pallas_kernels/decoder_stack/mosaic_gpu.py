@@ -2,8 +2,9 @@
 
 Every multiprocessor holds one block of three warpgroups. The *streamer* reads weights and cached keys and values by TMA
 into a ring of buffers; nothing it reads depends on the token, so it runs ahead through the phases of a layer. It has no
-more in flight than keeps memory busy: every other trip through memory waits behind it. The *feeder* does the same with
-activations, phase by phase. The *worker* multiplies, with the weights as the 64-row left side of the tensor cores'
+more in flight than keeps memory busy, as every other trip through memory waits behind it: one unit at a time as long as
+the phase of those units may not have begun, since the end of the last one is such trips. The *feeder* does the same
+with activations, phase by phase. The *worker* multiplies, with the weights as the 64-row left side of the tensor cores'
 products and the few rows of activations as the right side, so that one row costs what eight cost. A phase ends at a
 barrier over all blocks, whose wait the ring hides in part.
 
@@ -173,7 +174,7 @@ def build(g: Geometry, *, fill: bool, **static: Any):
         "fill_input": shape((g.layers if fill else 1, g.rows, g.d_model), dtype),
         "partial": shape((g.blocks, 2, 64, g.rows), f32),
         "split": shape((g.items, 4, 64, g.head_rows), f32),
-        "sums": shape((4, g.padded_tiles, g.rows), f32),
+        "sums": shape((3, g.padded_tiles, g.rows), f32),
         "ended": shape((g.rows,), jnp.int32),
     }
     scratch = {
@@ -311,17 +312,25 @@ def _stream(g, r, static, grid, block):
     """Read weights and cache into the ring, in the order in which the worker takes them."""
     plgpu.set_max_registers(40, action="decrease")
 
-    def put(count, halves):
+    def await_units(arrived, wanted):
+        """Wait until ``wanted`` units have arrived, of which ``arrived`` are known to have."""
+
+        def one(number, _):
+            plgpu.barrier_wait(r.ring_full.at[lax.rem(number, g.stages)])
+            return 0
+
+        lax.fori_loop(arrived, wanted, one, 0)
+        return jnp.maximum(arrived, wanted)
+
+    def put(counts, halves, first):
+        """Ask for a unit of a phase, whose first was the ``first`` of all, once few enough are on their way."""
+        count, arrived = counts
         slot = lax.rem(count, g.stages)
         plgpu.barrier_wait(r.ring_free.at[slot])
-
-        @pl.when(count >= g.in_flight)
-        def _():
-            plgpu.barrier_wait(r.ring_full.at[lax.rem(count - g.in_flight, g.stages)])
-
+        arrived = await_units(arrived, count + 1 - jnp.where(count < first + g.stages, 1, g.in_flight))
         for i, half in enumerate(halves):
             plgpu.copy_gmem_to_smem(half, r.ring.at[slot, i], r.ring_full.at[slot])
-        return count + 1
+        return count + 1, arrived
 
     def source(name, layer, unit):
         tile, k = divide(unit, g.products[name][1])
@@ -331,59 +340,60 @@ def _stream(g, r, static, grid, block):
         weights = {"qkv": r.wqkv, "out": r.wo, "down": r.w_down}[name]
         return [weights.at[layer, rows, pl.ds(tile * 128 + i * 64, 64)] for i in (0, 1)]
 
-    def units(name, entry, first, stop, count):
-        def unit(u, count):
-            return put(count, source(name, r.order[entry], u))
+    def units(name, entry, first, stop, counts):
+        phase = counts[0] - (first - grid.product(name)[0])
 
-        return lax.fori_loop(first, stop, unit, count)
+        def unit(u, counts):
+            return put(counts, source(name, r.order[entry], u), phase)
 
-    def attention(entry, count):
-        def turn(turn, count):
+        return lax.fori_loop(first, stop, unit, counts)
+
+    def attention(entry, counts):
+        phase = counts[0]
+
+        def turn(turn, counts):
             at = grid.item(turn, static.window)
 
-            def chunk(c, count):
+            def chunk(c, counts):
                 for cache in (r.k_cache, r.v_cache):
                     slots = cache.at[r.order[entry], at.batch, pl.ds(c * UNIT, UNIT), at.kv_head]
-                    count = put(count, [slots.at[:, pl.ds(i * 64, 64)] for i in (0, 1)])
-                return count
+                    counts = put(counts, [slots.at[:, pl.ds(i * 64, 64)] for i in (0, 1)], phase)
+                return counts
 
-            return lax.fori_loop(at.start, at.stop, chunk, count)
+            return lax.fori_loop(at.start, at.stop, chunk, counts)
 
-        return lax.fori_loop(0, grid.num_items(), turn, count)
+        return lax.fori_loop(0, grid.num_items(), turn, counts)
 
-    def rest(entry, count, qkv_from):
-        count = units("qkv", entry, qkv_from, grid.product("qkv")[1], count)
-        count = attention(entry, count)
+    def rest(entry, counts, qkv_from):
+        counts = units("qkv", entry, qkv_from, grid.product("qkv")[1], counts)
+        counts = attention(entry, counts)
         for name in ("out", "gate_up", "down"):
             first, stop, _ = grid.product(name)
-            count = units(name, entry, first, stop, count)
-        return count
+            counts = units(name, entry, first, stop, counts)
+        return counts
 
-    def before_decision(entry, count):
+    def before_decision(entry, counts):
         first, stop, _ = grid.product("qkv")
         early = jnp.minimum(stop, first + g.stages)
-        return units("qkv", entry, first, early, count), early
+        return units("qkv", entry, first, early, counts), early
 
-    count, ran, _ = _layers(r, static, jnp.int32(0), rest, before_decision, lambda: grid.product("qkv")[0])
+    counts = (jnp.int32(0), jnp.int32(0))  # units asked for, and units known to have arrived
+    counts, ran, _ = _layers(r, static, counts, rest, before_decision, lambda: grid.product("qkv")[0])
     if static.fill:
+        phase = counts[0]
 
-        def unit(u, count):
+        def unit(u, counts):
             tile, k = divide(u, g.d_model // UNIT)
             entry, kv_head, which = fill_tile(g, tile)
             column = kv_head * (g.group + 2) + g.group + which
             at = r.wqkv.at[r.order[ran + entry], pl.ds(k * UNIT, UNIT)]
-            return put(count, [at.at[:, pl.ds(column * 128 + i * 64, 64)] for i in (0, 1)])
+            return put(counts, [at.at[:, pl.ds(column * 128 + i * 64, 64)] for i in (0, 1)], phase)
 
-        first, stop = grid.share(fill_units(g, r, ran))
-        count = lax.fori_loop(first, stop, unit, count)
+        counts = lax.fori_loop(*grid.share(fill_units(g, r, ran)), unit, counts)
+    count, arrived = counts
     for i in range(g.stages):
         plgpu.barrier_wait(r.ring_free.at[lax.rem(count + i, g.stages)])
-    for i in range(g.in_flight):
-        number = count - g.in_flight + i
-
-        @pl.when(number >= 0)
-        def _(number=number):
-            plgpu.barrier_wait(r.ring_full.at[lax.rem(number, g.stages)])
+    await_units(arrived, count)
 
 
 def _feed(g, r, static, grid, block):

@@ -10,7 +10,7 @@ from pallas_kernels.exchange import TILE
 DTYPE, F32 = jnp.bfloat16, jnp.float32
 ROWS = TILE.reduce(0)  # [rows]
 FEATURES = TILE.reduce(1)  # [64]
-INPUT, MIDDLE, DOT, BEFORE = range(4)  # per-tile sums: squares entering a layer and its MLP; products with the input
+INPUT, MIDDLE, DOT = range(3)  # per-tile sums: squares entering a layer and its MLP; products with the input
 
 
 def divide(number, divisor):

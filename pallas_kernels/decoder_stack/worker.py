@@ -10,7 +10,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.decoder_stack.geometry import PHASES, UNIT
 from pallas_kernels.decoder_stack.heads import Attention
 from pallas_kernels.decoder_stack.tiles import (
-    BEFORE,
     DOT,
     DTYPE,
     F32,
@@ -41,9 +40,9 @@ class Worker(Attention):
         rows = lambda value, dtype: plgpu.layout_cast(jnp.full((g.rows,), value, dtype), ROWS)  # noqa: E731
         counts = (jnp.int32(0), jnp.int32(0))
         if static.rule:
-            state = (jnp.int32(0), counts, rows(0, jnp.int32), rows(0, jnp.int32), jnp.int32(1))
+            state = (jnp.int32(0), counts, rows(0, jnp.int32), rows(0, jnp.int32), rows(0, F32), jnp.int32(1))
             going = lambda state: (state[0] < r.count[0]) & (state[-1] > 0)  # noqa: E731
-            ran, counts, exited, ended, _ = lax.while_loop(going, self.ruled_layer, state)
+            ran, counts, exited, ended, *_ = lax.while_loop(going, self.ruled_layer, state)
 
             @pl.when(self.block == 0)
             def _():
@@ -86,15 +85,19 @@ class Worker(Attention):
                 at = pl.ds(part * 64, 64)
                 squares = load(r.first_sums, (at,))
                 r.sums[INPUT, at] = squares
-                for which in (MIDDLE, DOT, BEFORE):
+                for which in (MIDDLE, DOT):
                     r.sums[which, at] = jnp.zeros_like(squares)
 
     def ruled_layer(self, state):
-        """Ask the rule which rows leave before an entry; run it if any row stays."""
+        """Ask the rule which rows leave before an entry; run it if any row stays.
+
+        The state holds the squares of the states that entered the last entry, which the rule compares with.
+        """
         g, r = self.g, self.r
-        entry, counts, exited, ended, _ = state
+        entry, counts, exited, ended, before, _ = state
         self.grid.wait(PHASES * entry, worker=True)
-        norm = jnp.sqrt(self.total(INPUT) * self.total(BEFORE))
+        squares = self.total(INPUT)
+        norm = jnp.sqrt(squares * before)
         cosine = jnp.minimum(self.total(DOT) / jnp.maximum(norm, 1e-30), 1.0)
         asked = ((entry > 0) & (r.asked[entry] > 0)).astype(F32)
         leaves = (jnp.where(cosine > r.threshold[0], 1.0, 0.0) * asked).astype(jnp.int32)
@@ -107,7 +110,7 @@ class Worker(Attention):
         r.go[0] = go
         plgpu.barrier_arrive(r.decided)
         counts = lax.cond(go > 0, lambda c: self.layer(entry, c, exited), self.drain, counts)
-        return entry + go, counts, exited, ended, go
+        return entry + go, counts, exited, ended, squares, go
 
     def drain(self, counts):
         """Take the weights and states that were read for a layer that does not run."""
@@ -331,9 +334,7 @@ class Worker(Attention):
     def finish_down(self, at, begun, low, high):
         news = self.add_residual(at, begun, *self.add_devices(at, 1, low, high), INPUT)
         if self.static.rule:
-            befores = [before for _, _, before in begun]
-            self.put_sum(DOT, at[1], news, befores)
-            self.put_sum(BEFORE, at[1], befores, befores)
+            self.put_sum(DOT, at[1], news, [before for _, _, before in begun])
         self.put_residual(at, news)
 
     def add_residual(self, at, begun, low, high, which):

@@ -1,0 +1,53 @@
+"""Products of few rows: the same numbers, whichever rows XLA is given."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import few_rows
+from pallas_kernels.few_rows import einsum_rows
+
+
+def shapes_multiplied(spec, rows, weights):
+    jaxpr = jax.make_jaxpr(lambda rows, weights: einsum_rows(spec, rows, weights))(rows, weights)
+    return [equation.invars[0].aval.shape for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "rows", "weights"),
+    [
+        ("BTD,DCF->BTCF", (1, 1, 24), (24, 2, 8)),
+        ("BTNH,NHD->BTD", (3, 1, 2, 8), (2, 8, 16)),
+        ("BTD,DKMH->BTKMH", (2, 1, 16), (16, 2, 3, 4)),
+    ],
+)
+def test_few_rows_on_a_gpu_are_multiplied_as_four(monkeypatch, spec, rows, weights):
+    monkeypatch.setattr(few_rows, "platform", lambda: "gpu")
+    monkeypatch.setattr(few_rows, "WEIGHTS", range(100, 10**6))
+    keys = jax.random.split(jax.random.key(0))
+    rows = jax.random.normal(keys[0], rows, jnp.bfloat16)
+    weights = jax.random.normal(keys[1], weights, jnp.bfloat16)
+    (multiplied,) = shapes_multiplied(spec, rows, weights)
+    assert 4 in multiplied
+    want = np.einsum(spec, np.asarray(rows, np.float32), np.asarray(weights, np.float32))
+    np.testing.assert_allclose(np.asarray(einsum_rows(spec, rows, weights), np.float32), want, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape", "dtype"),
+    [
+        ({"platform": lambda: "cpu"}, (1, 1, 24), jnp.bfloat16),
+        ({}, (4, 1, 24), jnp.bfloat16),
+        ({}, (1, 2, 24), jnp.bfloat16),
+        ({}, (1, 1, 24), jnp.float32),
+        ({"WEIGHTS": range(10**6, 10**9)}, (1, 1, 24), jnp.bfloat16),
+        ({"parts": lambda: {"batch": 2, "heads": 1}}, (2, 1, 24), jnp.bfloat16),
+    ],
+    ids=["not a GPU", "enough rows", "a prompt", "float32", "few weights", "a split batch"],
+)
+def test_other_products_are_left_alone(monkeypatch, changes, shape, dtype):
+    for name, value in ({"platform": lambda: "gpu", "WEIGHTS": range(100, 10**6)} | changes).items():
+        monkeypatch.setattr(few_rows, name, value)
+    multiplied = shapes_multiplied("BTD,DF->BTF", jnp.ones(shape, dtype), jnp.ones((24, 16), dtype))
+    assert multiplied == [shape]
