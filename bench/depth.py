@@ -103,7 +103,7 @@ def depth_programs(model: models.Transformer, stacked: bool, batch: int, argumen
 
 
 def decision_programs(model: models.Transformer, stacked: bool, batch: int, arguments: Any) -> list[Program]:
-    """Return every rule, asked at seven layers and never leaving; ``none`` compares integers only."""
+    """Return every rule, asked at seven layers and never leaving, beside none; ``none`` compares integers only."""
     num_layers = len(model.layers)
     rules = {
         "none": depth.Recorded(depths=jnp.array([num_layers])),
@@ -115,10 +115,9 @@ def decision_programs(model: models.Transformer, stacked: bool, batch: int, argu
         "candidates": depth.CandidateExit.create(jax.random.key(0), num_layers, threshold=1.0),
     }
     driver = "indexed" if stacked else "segments"
-    dense = [] if stacked else [("dense_list", Plan(), decode_steps)]
     asked = max(1, num_layers // 8)
     return [
-        *dense,
+        ("dense_indexed" if stacked else "dense_list", Plan(), decode_steps),
         *(
             (f"{driver}_{name}", Plan(depth=depth.every(rule, step=asked)), decode_steps)
             for name, rule in rules.items()

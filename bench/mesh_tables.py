@@ -47,10 +47,10 @@ def exchange_table() -> str:
     names = {"in_kernel": "in the kernel of the layers", "kernel": "`add_devices`, norm by XLA"}
     names |= {"psum": "`jax.lax.psum`, residual and norm by XLA"}
     sizes = sorted({row["bytes"] for row in rows})
+    took = {(row["program"], row["bytes"]): row["us"] for row in rows}
     lines = [
-        [text, *(f"{row['us']:.1f} us" for row in sorted(_of(rows, name), key=lambda row: row["bytes"]))]
+        [text, *(f"{took[name, size]:.1f} us" if (name, size) in took else "" for size in sizes)]
         for name, text in names.items()
-        if _of(rows, name)
     ]
     note = f"\n{rows[0]['shape']}, {rows[0]['device']}, jax {rows[0]['jax']}, {commits(rows)}.\n"
     return table(["", *(f"{size // 1024} KiB" for size in sizes)], lines) + note
@@ -120,10 +120,6 @@ def _on_two() -> dict[str, dict]:
 
 def _case(row: dict) -> tuple:
     return tuple(row.get(name) for name in ("bench", "model", "stacked", "plan", "batch", "context", "filled"))
-
-
-def _of(rows: list[dict], program: str) -> list[dict]:
-    return [row for row in rows if row["program"] == program]
 
 
 def memory_table() -> str:

@@ -75,19 +75,20 @@ def depth_table(name: str) -> str:
 
 
 def decisions_table() -> str:
-    """Return what it costs to ask each rule, against the same kernel that is never asked."""
-    rows = [row for row in read_rows("decisions_h200") if row["program"] != "dense_list"]
-    dense = next(row for row in read_rows("depth_h200") if row["program"] == "dense_indexed" and row["batch"] == 1)
-    layers, asked = dense["layers_run"], 7
-    layer = dense["median_ms"] / layers
+    """Return what it costs to ask each rule, against the kernel of the same commit that is never asked."""
+    found = read_rows("decisions_h200")
+    never = {row["commit"]: row for row in found if row["program"] == "dense_indexed"}
+    rows = [row for row in found if row["program"] not in ("dense_list", "dense_indexed")]
+    asked = 7
     lines = []
     for row in rows:
-        cost = (row["median_ms"] - dense["median_ms"]) / asked
+        dense = never[row["commit"]]
+        cost, layer = (row["median_ms"] - dense["median_ms"]) / asked, dense["median_ms"] / dense["layers_run"]
         rule = row["program"].removeprefix("indexed_")
         lines.append([rule, f"{row['median_ms']:.2f}", f"{1000 * cost:.0f}", f"{100 * cost / layer:.0f} %"])
     head = ["rule", "ms/step", "us a question", "of a layer"]
     note = (
-        f"\nAsked before {asked} of {layers:.0f} layers, never leaving; Llama-3-8B shape, batch 1, "
+        f"\nAsked before {asked} of {rows[0]['layers_run']:.0f} layers, never leaving; Llama-3-8B shape, batch 1, "
         f"{rows[0]['device']}, jax {rows[0]['jax']}, {commits(rows)}.\n"
     )
     return table(head, lines) + note
