@@ -60,12 +60,13 @@ def main() -> int:
     if (arguments.study == "batch") != (arguments.depths is not None):
         parser.error("expected --depths FILE with --study batch, and only there; make it with bench/record.py")
     only = None if arguments.only is None else arguments.only.split(",")
-    dense = {}
+    dense, seen = {}, set()
     for stacked in (False, True):
         model = models.Transformer(shapes()[arguments.shape], jax.random.key(0), DTYPES[arguments.dtype])
         model = models.stack_for_decoding(model) if stacked else model
         for batch in map(int, arguments.batch.split(",")):
             for name, plan, decode in STUDIES[arguments.study](model, stacked, batch, arguments):
+                seen.add(name)
                 if only is not None and name not in only:
                     continue
                 row = time_program(model, plan, decode, batch, arguments)
@@ -74,6 +75,8 @@ def main() -> int:
                 speedup = dense[batch] / row["median_ms"] if batch in dense else None
                 row = {"bench": arguments.study, "program": name, "speedup": speedup, **row, **describe_run(model)}
                 write_row(row, arguments.jsonl)
+    if missing := set(only or []) - seen:
+        parser.error(f"expected --only with some of {', '.join(sorted(seen))}, got {', '.join(sorted(missing))}, too")
     return 0
 
 

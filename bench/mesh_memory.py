@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from dyninf import CacheSpec, Plan, decode_step, prefill
 from dyninf.cli.bench import describe_device, write_row

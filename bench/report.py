@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 
 from bench import budget_tables, mesh_tables  # noqa: E402
 from bench.rendering import RESULTS, read_rows  # noqa: E402

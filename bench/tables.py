@@ -85,8 +85,9 @@ def decisions_table() -> str:
         dense = never[row["commit"]]
         cost, layer = (row["median_ms"] - dense["median_ms"]) / asked, dense["median_ms"] / dense["layers_run"]
         rule = row["program"].removeprefix("indexed_")
-        lines.append([rule, f"{row['median_ms']:.2f}", f"{1000 * cost:.0f}", f"{100 * cost / layer:.0f} %"])
-    head = ["rule", "ms/step", "us a question", "of a layer"]
+        times = (f"{one['median_ms']:.2f}" for one in (row, dense))
+        lines.append([rule, *times, f"{1000 * cost:.0f}", f"{100 * cost / layer:.0f} %"])
+    head = ["rule", "ms/step", "not asked", "us a question", "of a layer"]
     note = (
         f"\nAsked before {asked} of {rows[0]['layers_run']:.0f} layers, never leaving; Llama-3-8B shape, batch 1, "
         f"{rows[0]['device']}, jax {rows[0]['jax']}, {commits(rows)}.\n"

@@ -18,9 +18,11 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
         devices: ``None`` for all.
 
     Raises:
-        ValueError: if a size is not a positive integer, or there are fewer devices.
+        ValueError: if they are no sizes by name, a size is not a positive integer, or there are fewer devices.
     """
     devices = jax.devices() if devices is None else list(devices)
+    if not isinstance(axes, Mapping):
+        raise ValueError(f"expected sizes by name such as {{'tensor': 4}}, got {axes!r}; parse_mesh reads text")
     for name, size in axes.items():
         if not isinstance(name, str) or not isinstance(size, int) or size < 1:
             raise ValueError(f"expected names of axes with positive sizes, got {dict(axes)}")
@@ -28,7 +30,8 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     count = math.prod(axes.values())
     if not axes or count > len(devices):
         asked = " x ".join(f"{name}={axes[name]}" for name in names) or "no axes"
-        raise ValueError(f"expected a mesh of 1 to {len(devices)} devices, got {asked} = {count}")
+        simulated = "; JAX_NUM_CPU_DEVICES=N simulates N" if devices and devices[0].platform == "cpu" else ""
+        raise ValueError(f"expected a mesh of 1 to {len(devices)} devices, got {asked} = {count}{simulated}")
     sizes = [axes[name] for name in names]
     # A slice of 4x4x4 holds a mesh of 8x8 only where an axis of it may be cut.
     grid = mesh_utils.create_device_mesh(sizes, devices[:count], allow_split_physical_axes=True)

@@ -152,7 +152,7 @@ class Placement:
         if whole % shards or size % shards:
             raise ValueError(
                 f"expected the axis {axis!r} of {name} to divide by {_sizes(self.mesh, names)}, got {whole}; use "
-                f"another mesh, or rules={{{axis!r}: None}}"
+                f"another mesh, or, from Python, rules={{{axis!r}: None}}"
             )
         return names
 

@@ -89,7 +89,7 @@ def test_other_drivers_run_stacked_layers_too(tiny_model, stacked):
 
 
 REFUSED = {
-    "skips": (Plan(depth=DepthDecay()), "cannot skip by token"),
+    "skips": (Plan(depth=DepthDecay()), "cannot be skipped by token"),
     "mask": (Plan(depth=Saturation(threshold=0.9), fill="mask"), "fill='mask' does not"),
     "catch_up": (Plan(depth=Saturation(threshold=0.9), fill="catch_up"), "fill='catch_up' does not"),
     "evicts": (Plan(evict=TopK(scorer=Recency(), budget=6)), "which a cache that evicts does not"),

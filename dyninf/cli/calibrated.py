@@ -34,4 +34,5 @@ def read_calibrated(file: str | Path) -> dyninf.Plan:
         )
         return dyninf.Plan(depth=exits.policy(RULES[written["rule"]]), fill=written["fill"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"expected a file of 'dyninf calibrate --json', got {str(file)!r}: {error!r}") from None
+        reason = f"no field {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"expected a file of 'dyninf calibrate --json', got {str(file)!r}: {reason}") from None

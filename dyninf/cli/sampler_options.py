@@ -16,8 +16,14 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
 
 
 def with_sampler(plan: dyninf.Plan, arguments: argparse.Namespace) -> dyninf.Plan:
-    """Return the plan with the sampler that the options ask for; its own where they ask for none."""
+    """Return the plan with the sampler that the options ask for; its own where they ask for none.
+
+    Raises:
+        ValueError: for a temperature below 0.
+    """
     filters = []
+    if arguments.temperature is not None and not arguments.temperature >= 0:
+        raise ValueError(f"expected --temperature of at least 0 (greedy), got {arguments.temperature}")
     if arguments.temperature:
         filters.append(dyninf.Temperature(temperature=arguments.temperature))
     if arguments.top_k is not None:

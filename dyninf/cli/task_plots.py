@@ -11,7 +11,7 @@ import numpy as np
 def require_matplotlib() -> None:
     """Raise ValueError if there is nothing to draw with."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("expected matplotlib for plots, got none; pip install 'dyninf[plots]', or leave --plots out")
+        raise ValueError("expected matplotlib for plots, got none; pip install matplotlib, or leave --plots out")
 
 
 def budget(row: dict[str, Any]) -> float:

@@ -1,5 +1,7 @@
 """Products of few rows: the same numbers, whichever rows XLA is given."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,14 +24,14 @@ def shapes_multiplied(spec, rows, weights):
         ("BTD,DKMH->BTKMH", (2, 1, 16), (16, 2, 3, 4)),
     ],
 )
-def test_few_rows_on_a_gpu_are_multiplied_as_four(monkeypatch, spec, rows, weights):
+def test_few_rows_on_a_gpu_are_multiplied_as_four_or_more(monkeypatch, spec, rows, weights):
     monkeypatch.setattr(few_rows, "platform", lambda: "gpu")
     monkeypatch.setattr(few_rows, "WEIGHTS", range(100, 10**6))
     keys = jax.random.split(jax.random.key(0))
     rows = jax.random.normal(keys[0], rows, jnp.bfloat16)
     weights = jax.random.normal(keys[1], weights, jnp.bfloat16)
     (multiplied,) = shapes_multiplied(spec, rows, weights)
-    assert 4 in multiplied
+    assert math.prod(multiplied) >= 4 * math.prod(rows.shape) / len(rows)
     want = np.einsum(spec, np.asarray(rows, np.float32), np.asarray(weights, np.float32))
     np.testing.assert_allclose(np.asarray(einsum_rows(spec, rows, weights), np.float32), want, rtol=0.02, atol=0.02)
 
