@@ -15,8 +15,9 @@ WEIGHTS = range(2**21, 2**26)  # numbers of them, on a device, with which four r
 def einsum_rows(spec: str, rows: jax.Array, weights: jax.Array, **options: Any) -> jax.Array:
     """Return ``jnp.einsum(spec, rows, weights, **options)`` of rows ``[B, T, ...]``, a result ``[B, T, ...]``.
 
-    On a GPU, fewer than four rows in bfloat16 are multiplied several times, as four to six: XLA makes a product of one
-    row and fewer than ten million weights a reduction, which takes twice as long, and some larger ones gain a sixth.
+    On a GPU, fewer than four rows in bfloat16 that devices do not split are multiplied several times, as four to six:
+    XLA makes a product of one row and fewer than ten million weights a reduction, which takes twice as long, and some
+    larger ones gain a sixth.
     """
     batch, length = rows.shape[:2]
     split = parts()

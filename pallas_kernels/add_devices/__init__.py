@@ -62,7 +62,7 @@ def add_product(residual_BTD: jax.Array, y: jax.Array, weights: jax.Array) -> ja
 
     A few numbers, those of one token a sequence, on GPUs that share an inbox: each multiplies its part, in float32, and
     a kernel adds the parts and the residual (:func:`add_devices`). Everywhere else ``residual + einsum(y, weights)``,
-    which JAX partitions.
+    which JAX partitions, and which would add up more rows than there are if they were repeated.
 
     Args:
         y: ``[B, T, N, H]`` with weights ``[N, H, D]``, or ``[B, T, F]`` with ``[F, D]``; N or F is split as heads are.
@@ -71,7 +71,7 @@ def add_product(residual_BTD: jax.Array, y: jax.Array, weights: jax.Array) -> ja
     spec = f"{letters},{letters[2:]}D->BTD"
     found = _kernel_for(residual_BTD, y)
     if found is None:
-        return residual_BTD + einsum_rows(spec, y, weights)
+        return residual_BTD + (jnp.einsum if parts()["heads"] > 1 else einsum_rows)(spec, y, weights)
     chosen, mesh, axes, array = found
 
     def on_device(residual: jax.Array, y: jax.Array, weights: jax.Array, inbox: jax.Array) -> jax.Array:

@@ -138,7 +138,7 @@ def decode_layers(
         g,
         eps=eps,
         rule=threshold is not None,
-        fill=fill,
+        filled=order_M.shape[0] if fill else 0,
         window=window,
         bias=weights.bqkv is not None,
         qk_norm=weights.norm_q is not None,
@@ -151,11 +151,12 @@ def decode_layers(
     return x_BD, before_BD, jax.freeze(values["k_cache"]), jax.freeze(values["v_cache"]), ran_B
 
 
-def build(g: Geometry, *, fill: bool, **static: Any):
+def build(g: Geometry, *, filled: int, **static: Any):
     """Return the kernel for one geometry; its arguments are those of :func:`_body`, each an array.
 
     Args:
-        fill: whether layers after the last one that ran store keys and values of the final states.
+        filled: entries of the order, if those after the last one that ran store keys and values of the final states;
+            0 if they do not.
         static: ``eps``; ``rule``, whether rows leave when the cosine of the states before and after a layer exceeds a
             threshold; ``window``; ``bias`` and ``qk_norm``, which weights there are; ``mesh`` and ``axes``, whose
             devices share a layer.
@@ -171,7 +172,7 @@ def build(g: Geometry, *, fill: bool, **static: Any):
         "heads": shape((2, g.batch * g.kv_heads, g.head_rows, g.head_dim), dtype),  # queries and new key; new value
         "attended": shape((g.rows, queries), dtype),
         "hidden": shape((g.rows, g.d_ff), dtype),
-        "fill_input": shape((g.layers if fill else 1, g.rows, g.d_model), dtype),
+        "fill_input": shape((max(filled, 1), g.rows, g.d_model), dtype),
         "partial": shape((g.blocks, 2, 64, g.rows), f32),
         "split": shape((g.items, 4, 64, g.head_rows), f32),
         "sums": shape((3, g.padded_tiles, g.rows), f32),
@@ -197,7 +198,7 @@ def build(g: Geometry, *, fill: bool, **static: Any):
     }
     if g.blocks == 1:
         scratch["phase"] = plgpu.Barrier()
-    static = SimpleNamespace(fill=fill, **static)
+    static = SimpleNamespace(fill=filled > 0, **static)
     return plgpu.kernel(
         functools.partial(_body, g, static),
         out_type=list(outputs.values()),

@@ -22,9 +22,11 @@ from dyninf.kv import Quest, TopK
 from dyninf.models import make_mesh, model_shardings, on_mesh, place, stack_for_decoding
 from dyninf.models.mesh_model import MeshModel
 from dyninf.models.sharding import placement
+from pallas_kernels import few_rows
 from pallas_kernels.add_devices import ADD_DEVICES, add_product, mosaic_gpu
 from pallas_kernels.dispatch import MOSAIC_GPU_JAX, Implementation
 from pallas_kernels.exchange import EMPTY_BITS
+from pallas_kernels.partition import partitioned
 
 B, T, V, L = 8, 9, 64, 4
 PLANS = {
@@ -128,8 +130,48 @@ def test_other_programs_add_by_xla(lowered, prompts, monkeypatch):
     constant = lambda model: dataclasses.replace(model, inbox=np.zeros(model.inbox.shape, np.int32))  # noqa: E731
     assert lowered(lambda model, state: decode_step(constant(model), state, Plan()), state) == 0
     assert lowered(lambda model, state: decode_step(model, state, Plan()), state, dtype=jnp.float16) == 0
-    monkeypatch.setattr(module, "FEW", 255)
-    assert lowered(lambda model, state: decode_step(model, state, Plan()), state) == 0
+    for few, kernels in ((255, 0), (256, 2 * L)):  # of the four rows of a device and 64 features
+        monkeypatch.setattr(module, "FEW", few)
+        assert lowered(lambda model, state: decode_step(model, state, Plan()), state) == kernels
+
+
+def test_the_parts_of_a_product_are_float32(stand_in):
+    seen = []
+
+    def run(part, residual, mesh, axes, inbox):
+        seen.append(part.dtype)
+        return residual + jax.lax.psum(part, axes).astype(residual.dtype)
+
+    stand_in(run)
+    mesh = make_mesh({"tensor": 4})
+
+    @jax.jit
+    def product(residual, y, weights, inbox):
+        with partitioned(mesh, heads=("tensor",), inbox=inbox):
+            return add_product(residual, y, weights)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (2, 1, 8), (2, 1, 12), (12, 8)
+    given = [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
+    got = product(*given, jnp.zeros((4, 1, 1, 1, 1), jnp.int32))
+    residual, y, weights = (np.asarray(array, np.float32) for array in given)
+    assert seen == [jnp.float32]
+    np.testing.assert_allclose(np.asarray(got, np.float32), residual + y @ weights, rtol=2**-7, atol=2**-7)
+
+
+def test_a_product_that_xla_adds_up_has_no_rows_repeated(monkeypatch):
+    for name in ("add_devices", "few_rows"):
+        monkeypatch.setattr(importlib.import_module(f"pallas_kernels.{name}"), "platform", lambda: "gpu")
+    monkeypatch.setattr(few_rows, "WEIGHTS", range(1, 10**6))
+    mesh = make_mesh({"tensor": 4})
+
+    def product(residual, y, weights):
+        with partitioned(mesh, heads=("tensor",)):
+            return add_product(residual, y, weights)
+
+    given = [jnp.ones(shape, jnp.bfloat16) for shape in ((1, 1, 8), (1, 1, 12), (12, 8))]
+    (equation,) = (one for one in jax.make_jaxpr(product)(*given).eqns if one.primitive.name == "dot_general")
+    assert equation.outvars[0].aval.shape == (1, 1, 8)
 
 
 @pytest.mark.parametrize("heads", [False, True], ids=["mlp", "heads"])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decoder_stack import decode_layers
+from pallas_kernels.decoder_stack import decode_layers, mosaic_gpu
 from pallas_kernels.dispatch import MOSAIC_GPU_JAX
 
 EPS = 1e-5
@@ -32,7 +32,7 @@ def oracle(x, weights, k, v, positions, order, planned, frequencies, *, threshol
     x, k, v = (np.array(a, np.float64) for a in (x, k, v))
     w = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}
     w = {name: None if leaf is None else np.array(leaf, np.float64) for name, leaf in w.items()}
-    ran, entered = [], np.zeros((len(order), *x.shape))
+    ran, entered, held = [], np.zeros((len(order), *x.shape)), (k.copy(), v.copy())
     for b, position in enumerate(np.array(positions)):
         state, before, stopped = x[b], None, None
         for entry, layer in enumerate(order):
@@ -63,6 +63,8 @@ def oracle(x, weights, k, v, positions, order, planned, frequencies, *, threshol
             state = state + (gate / (1 + np.exp(-gate)) * up) @ w["w_down"][layer]
         x[b] = state
         ran.append(len(order) if stopped is None else stopped)
+    for layer in () if fill else order[max(ran) :]:
+        k[layer], v[layer] = held[0][layer], held[1][layer]
     return x, entered[max(ran) - 1], k, v, ran
 
 
@@ -112,20 +114,24 @@ CASES = {
     "biases_and_norms": ({"bias": True, "qk_norm": True, "layers": 1}, (0,), (1, 1), {}),
     "an_order_with_gaps": ({"positions": (0, 135)}, (2, 0), (2, 2), {}),
     "planned_depths_filled": ({"layers": 4}, (0, 1, 2, 3), (1, 2), {}),
+    "planned_depths_left": ({"layers": 2}, (0, 1), (1, 1), {"fill": False}),
+    "a_layer_twice": ({"layers": 2}, (1, 0, 1), (1, 1), {}),
+    "more_than_the_ring_holds": ({"layers": 1, "d_ff": 640}, (0,), (1, 1), {}),
     "a_rule": ({"layers": 4, "positions": (3, 128)}, (0, 1, 2, 3), (4, 4), {"threshold": 0.9}),
     "a_window": ({"positions": (134, 5)}, (0, 1), (2, 2), {"window": 130}),
     "many_queries": ({"group": 9, "layers": 2}, (0, 1), (2, 2), {}),
     "most_queries": ({"group": 23, "layers": 2, "positions": (3, 135)}, (0, 1), (2, 2), {}),
 }
-# Interpreted by default; that a rule ends a sequence in the kernel is also in test_decoder_stack_checks.py.
-QUICK = ("biases_and_norms", "planned_depths_filled")
+# The rest is interpreted among the slow tests.
+QUICK = ("biases_and_norms", "planned_depths_filled", "planned_depths_left", "a_layer_twice", "a_rule")
+QUICK += ("more_than_the_ring_holds",)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_loop_agrees_with_numpy(rng, stack_case, name):
     changes, order, planned, options = CASES[name]
     sizes = {"dtype": "float32", "head_dim": 16, "d_model": 24, "d_ff": 40, "kv_heads": 2, "capacity": 137}
-    case = stack_case(**sizes, **changes)
+    case = stack_case(**sizes | changes)
     close(*run(case, rng, order, planned, **options), 1e-5)
 
 
@@ -171,3 +177,15 @@ def test_the_kernel_agrees_with_numpy_on_a_gpu(rng, stack_case, name, batch):
     )
     for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         assert np.array_equal(np.array(one, np.float32), np.array(other, np.float32), equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["a_rule", "planned_depths_filled"])
+@pytest.mark.parametrize("batch", [2, 9, 33, 64])
+def test_few_blocks_with_many_units_each_agree_with_numpy_on_a_gpu(rng, stack_case, name, batch):
+    """Five blocks read 4 to 15 units of a product each: more than those that are waited for one by one."""
+    changes, order, _, options = CASES[name]
+    positions = tuple(rng.integers(0, 136, size=batch).tolist())
+    case = stack_case(**changes | {"d_model": 384, "d_ff": 1536, "kv_heads": 3, "positions": positions})
+    kernel = jax.jit(functools.partial(mosaic_gpu.decode_layers, blocks=5), static_argnames=("eps", "fill", "window"))
+    close(*run(case, rng, order, [len(order)] * batch, kernel=kernel, **options), 0.03)

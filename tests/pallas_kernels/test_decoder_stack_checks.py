@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -112,7 +113,25 @@ def llama_8b(batch, **changes):
     return Geometry(**sizes, batch=batch, capacity=2048, blocks=132, **changes)
 
 
-def test_units_are_dealt_to_blocks_without_gaps():
+@pytest.mark.parametrize("units", [0, 1, 131, 132, 133, 1024, 1536, 7168])
+def test_units_are_dealt_to_blocks_without_gaps(units):
+    geometry, contraction = llama_8b(1), 32
+    grids = [SimpleNamespace(g=geometry, block=block) for block in range(geometry.blocks)]
+    shares = [tuple(map(int, mosaic_gpu._Grid.share(grid, jnp.int32(units)))) for grid in grids]
+    if not units:
+        assert all(first == stop for first, stop in shares)
+        return
+    assert shares[0][0] == 0 and shares[-1][1] == units
+    assert all(stop == first for (_, stop), (first, _) in itertools.pairwise(shares))
+    assert {stop - first for first, stop in shares} <= {units // geometry.blocks, -(-units // geometry.blocks)}
+    for tile in range(units // contraction):
+        begin, end = tile * contraction, (tile + 1) * contraction
+        working = [block for block, (first, stop) in enumerate(shares) if first < end and stop > begin]
+        found = mosaic_gpu._Grid.owners(grids[0], jnp.int32(tile), contraction, jnp.int32(units))
+        assert tuple(map(int, found)) == (working[0], working[-1])
+
+
+def test_sizes_of_a_model_of_eight_billion_weights():
     geometry = llama_8b(1)
     assert geometry.products == {"qkv": (48, 32), "out": (32, 32), "gate_up": (224, 32), "down": (32, 112)}
     assert (geometry.rows, geometry.head_rows, geometry.splits, llama_8b(9).rows) == (8, 8, 16, 16)

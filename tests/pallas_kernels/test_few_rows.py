@@ -11,8 +11,8 @@ from pallas_kernels import few_rows
 from pallas_kernels.few_rows import einsum_rows
 
 
-def shapes_multiplied(spec, rows, weights):
-    jaxpr = jax.make_jaxpr(lambda rows, weights: einsum_rows(spec, rows, weights))(rows, weights)
+def shapes_multiplied(spec, rows, weights, **options):
+    jaxpr = jax.make_jaxpr(lambda rows, weights: einsum_rows(spec, rows, weights, **options))(rows, weights)
     return [equation.invars[0].aval.shape for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
 
 
@@ -30,6 +30,7 @@ def test_few_rows_on_a_gpu_are_multiplied_as_four_or_more(monkeypatch, spec, row
     keys = jax.random.split(jax.random.key(0))
     rows = jax.random.normal(keys[0], rows, jnp.bfloat16)
     weights = jax.random.normal(keys[1], weights, jnp.bfloat16)
+    assert jnp.float32 == einsum_rows(spec, rows, weights, preferred_element_type=jnp.float32).dtype
     (multiplied,) = shapes_multiplied(spec, rows, weights)
     assert math.prod(multiplied) >= 4 * math.prod(rows.shape) / len(rows)
     want = np.einsum(spec, np.asarray(rows, np.float32), np.asarray(weights, np.float32))
@@ -43,10 +44,21 @@ def test_few_rows_on_a_gpu_are_multiplied_as_four_or_more(monkeypatch, spec, row
         ({}, (4, 1, 24), jnp.bfloat16),
         ({}, (1, 2, 24), jnp.bfloat16),
         ({}, (1, 1, 24), jnp.float32),
-        ({"WEIGHTS": range(10**6, 10**9)}, (1, 1, 24), jnp.bfloat16),
+        ({"WEIGHTS": range(24 * 16 + 1, 10**9)}, (1, 1, 24), jnp.bfloat16),
+        ({"WEIGHTS": range(24 * 16)}, (1, 1, 24), jnp.bfloat16),
+        ({"parts": lambda: {"batch": 1, "heads": 4}}, (1, 1, 24), jnp.bfloat16),
         ({"parts": lambda: {"batch": 2, "heads": 1}}, (2, 1, 24), jnp.bfloat16),
     ],
-    ids=["not a GPU", "enough rows", "a prompt", "float32", "few weights", "a split batch"],
+    ids=[
+        "not a GPU",
+        "enough rows",
+        "a prompt",
+        "float32",
+        "few weights",
+        "many weights",
+        "few weights of a device",
+        "a split batch",
+    ],
 )
 def test_other_products_are_left_alone(monkeypatch, changes, shape, dtype):
     for name, value in ({"platform": lambda: "gpu", "WEIGHTS": range(100, 10**6)} | changes).items():
