@@ -47,14 +47,14 @@ def refuse_indexed(plan: Plan, num_layers: int) -> str | None:
     """Return why the driver cannot run a plan, or ``None``."""
     static = plan.depth.static_layers(num_layers) is not None
     if plan.depth.skips and not static:
-        return "they run as leading layers, or by a static schedule, and cannot be skipped by token"
+        return "stacked layers run as leading ones, or by a static schedule, and cannot be skipped by token"
     if plan.evict != KeepAll():
-        return "they keep every token in the slot of its position, which a cache that evicts does not"
+        return "stacked layers keep every token in the slot of its position, which a cache that evicts does not"
     if plan.select != ReadAll():
-        return "they read every slot and keep no summaries of pages"
+        return "stacked layers read every slot and keep no summaries of pages"
     if leaves_gaps(plan) or catches_up(plan, num_layers):
         lacking = type(plan.sparsity).__name__ if plan.sparsity.stages else f"fill={plan.fill!r}"
-        return f"they store keys and values of every token in every layer, which {lacking} does not"
+        return f"stacked layers store keys and values of every token in every layer, which {lacking} does not"
     return None
 
 

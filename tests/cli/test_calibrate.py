@@ -70,5 +70,6 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     file = tmp_path / "other.json"
     for text in ("{}", "[1]", "not json", '{"layers": 3}'):
         file.write_text(text)
-        with pytest.raises(ValueError, match="a file of 'dyninf calibrate --json'"):
+        with pytest.raises(ValueError, match="a file of 'dyninf calibrate --json'") as refused:
             read_calibrated(file)
+        assert ("no field 'layers'" in str(refused.value)) == (text == "{}")

@@ -50,14 +50,14 @@ def test_a_mesh_changes_no_text(folder, capsys):
 
 def test_a_plan_that_stacked_layers_cannot_run_is_one_line(folder, capsys):
     status, _, err = generate(folder, capsys, "--prompt", PROMPT, "--plan", "select_quest", "--stacked")
-    assert status != 0 and "they read every slot" in err and "drop --stacked" in err and err.count("\n") == 1
+    assert status != 0 and "stacked layers read every slot" in err and "drop --stacked" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
         ("tensor", "expected a mesh as NAME=SIZE,... with each of data, fsdp, sequence, tensor at most once"),
-        ("tensor=16", "expected a mesh of 1 to 8 devices, got tensor=16 = 16"),
+        ("tensor=16", "expected a mesh of 1 to 8 devices, got tensor=16 = 16; JAX_NUM_CPU_DEVICES=N simulates N"),
         ("tensor=4", "expected the axis 'vocab' of embedding to divide by tensor=4, got 290"),
     ],
     ids=["format", "devices", "vocabulary"],
@@ -114,6 +114,12 @@ def test_the_prompt_comes_from_a_file_or_standard_input(folder, capsys, tmp_path
     for arguments in (["--prompt", "-"], ["--file", "-"], []):
         monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
         assert generate(folder, capsys, *arguments, "--plan", "dense")[1] == wanted
+
+
+@pytest.mark.parametrize("temperature", ["-1", "nan"])
+def test_a_temperature_below_0_is_one_line(temperature, folder, capsys):
+    status, _, err = generate(folder, capsys, "--prompt", PROMPT, "--temperature", temperature)
+    assert status == 2 and "--temperature of at least 0 (greedy)" in err and err.count("\n") == 1
 
 
 def test_a_file_that_is_not_text_is_refused(folder, capsys, tmp_path):

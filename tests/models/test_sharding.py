@@ -139,8 +139,9 @@ def test_heads_are_never_cut_where_their_axis_is_joined_with_others(config):
         ({"tensor": 0}, r"positive sizes, got {'tensor': 0}"),
         ({"tensor": 2.0}, r"positive sizes"),
         ({}, r"got no axes"),
+        ("tensor=4", r"sizes by name such as {'tensor': 4}, got 'tensor=4'"),
     ],
-    ids=["large", "zero", "real", "empty"],
+    ids=["large", "zero", "real", "empty", "text"],
 )
 def test_a_bad_mesh_is_refused(axes, message):
     with pytest.raises(ValueError, match=message):
