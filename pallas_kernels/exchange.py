@@ -84,56 +84,65 @@ def warm(refs):
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(_warm)(ref)
 
 
-def _addresses(layout, ref):
-    """Return the shape of this thread's registers of a tile, and the address of each pair of numbers."""
+def _places(layout, ref):
+    """Return the shape of this thread's registers of a tile, and each pair's place in memory.
+
+    A place is an address, the same for all, and a number of bytes behind it, which costs a thread no register.
+    """
     layout, shape = layout.to_mgpu(), tuple(ir.MemRefType(ref.type).shape)
-    base, i32 = mgpu.utils.memref_ptr(ref), ir.IntegerType.get_signless(32)
-    addresses = []
-    for linear, *rest in layout.thread_idxs(shape):
-        for size, index in zip(shape[1:], rest, strict=True):
-            linear = arith.addi(arith.muli(linear, mgpu.c(size, linear.type)), index)
-        addresses.append(mgpu.utils.getelementptr(base, [arith.index_cast(i32, linear)], ir.F32Type.get()))
-    return layout.registers_shape(shape), addresses
+    registers = layout.registers_shape(shape)
+    linear, *rest = next(iter(layout.thread_idxs(shape)))
+    for size, index in zip(shape[1:], rest, strict=True):
+        linear = arith.addi(arith.muli(linear, mgpu.c(size, linear.type)), index)
+    linear = arith.index_cast(ir.IntegerType.get_signless(32), linear)
+    first = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [linear], ir.F32Type.get())
+    if isinstance(layout, mgpu.TiledLayout):
+        strides = layout.tiling.tile_strides(tuple(mgpu.utils.get_contiguous_strides(shape)))
+        behind = [np.dot(at, strides) for at in np.ndindex(*registers)]
+    else:
+        behind = [i * mgpu.utils.WARPGROUP_SIZE * layout.vec_size for i in range(math.prod(registers))]
+    return registers, [(first, 4 * numbers) for numbers in behind]
 
 
 def _empty(layout, ctx, ref):
     bits = mgpu.c(EMPTY_BITS, ir.IntegerType.get_signless(32))
-    for address in _addresses(layout, ref)[1]:
-        mgpu.utils.inline_ptx("st.relaxed.gpu.global.v2.b32 [$0], {$1, $1};", address, bits, has_side_effects=True)
+    for first, behind in _places(layout, ref)[1]:
+        store = f"st.relaxed.gpu.global.v2.b32 [$0+{behind}], {{$1, $1}};"
+        mgpu.utils.inline_ptx(store, first, bits, has_side_effects=True)
 
 
 def _warm(ctx, ref):
-    for address in _addresses(TILE, ref)[1]:
-        mgpu.utils.inline_ptx("prefetch.global.L2 [$0];", address, has_side_effects=True)
+    for first, behind in _places(TILE, ref)[1]:
+        mgpu.utils.inline_ptx(f"prefetch.global.L2 [$0+{behind}];", first, has_side_effects=True)
 
 
 def _send(layout, ctx, ref, tile):
     i64 = ir.IntegerType.get_signless(64)
-    for address, pair in zip(_addresses(layout, ref)[1], tile.registers.flat, strict=True):
+    for (first, behind), pair in zip(_places(layout, ref)[1], tile.registers.flat, strict=True):
         bits = mgpu.utils.bitcast(pair, i64)
-        mgpu.utils.inline_ptx("st.relaxed.sys.global.b64 [$0], $1;", address, bits, has_side_effects=True)
+        mgpu.utils.inline_ptx(f"st.relaxed.sys.global.b64 [$0+{behind}], $1;", first, bits, has_side_effects=True)
 
 
 def _take(layout, scope, ctx, *refs):
     i32 = ir.IntegerType.get_signless(32)
     unwritten = mgpu.c(EMPTY_BITS, i32)
-    places = [_addresses(layout, ref) for ref in refs]
-    addresses = [address for _, found in places for address in found]
-    loop = scf.WhileOp([i32] * (2 * len(addresses)), [mgpu.c(0, i32)] * (2 * len(addresses)))
-    before = loop.before.blocks.append(*[i32] * (2 * len(addresses)))
+    tiles = [_places(layout, ref) for ref in refs]
+    places = [place for _, found in tiles for place in found]
+    loop = scf.WhileOp([i32] * (2 * len(places)), [mgpu.c(0, i32)] * (2 * len(places)))
+    before = loop.before.blocks.append(*[i32] * (2 * len(places)))
     with ir.InsertionPoint.at_block_begin(before):
         loaded, missing = [], mgpu.c(0, ir.IntegerType.get_signless(1))
-        for address in addresses:
+        for first, behind in places:
             loaded += mgpu.utils.inline_ptx(
-                f"ld.relaxed.{scope}.global.v2.b32 {{$0, $1}}, [$2];",
-                address,
+                f"ld.relaxed.{scope}.global.v2.b32 {{$0, $1}}, [$2+{behind}];",
+                first,
                 result_types=[i32, i32],
                 has_side_effects=True,
             )
         for bits in loaded:
             missing = arith.ori(missing, arith.cmpi(arith.CmpIPredicate.eq, bits, unwritten))
         scf.condition(missing, loaded)
-    after = loop.after.blocks.append(*[i32] * (2 * len(addresses)))
+    after = loop.after.blocks.append(*[i32] * (2 * len(places)))
     with ir.InsertionPoint.at_block_begin(after):
         scf.yield_(list(after.arguments))
     for ref in refs:
@@ -141,7 +150,7 @@ def _take(layout, scope, ctx, *refs):
     single = ir.VectorType.get((1,), ir.F32Type.get())
     numbers = iter([mgpu.utils.bitcast(bits, single) for bits in loop.results])
     arrays = []
-    for shape, _ in places:
+    for shape, _ in tiles:
         registers = np.empty(shape, dtype=object)
         for index in np.ndindex(*shape):
             registers[index] = mgpu.utils.vector_concat([next(numbers), next(numbers)])

@@ -18,6 +18,7 @@ device's output and down projection give is sent to the others tile by tile and 
 """
 
 import functools
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,66 +101,54 @@ def decode_layers(
         blocks=jax.local_devices()[0].core_count if blocks is None else blocks,
         peers=num_parts(mesh, axes) if axes else 1,
     )
-    pad_rows = lambda x: jnp.pad(x, [(0, g.rows - batch)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
-    x = pad_rows(x_BD)
-    wide = x.astype(jnp.float32)
-    position = pad_rows(jnp.clip(positions_B, 0, capacity).astype(jnp.int32))
-    angles = frequencies[:, None] * position[None].astype(jnp.float32)
-    squares = jnp.sum(wide * wide, axis=1)
-    writes = live_B & (positions_B >= 0) & (positions_B < capacity)
-    optional = lambda weight: jnp.zeros((1, 128), x.dtype) if weight is None else weight  # noqa: E731
-    values = {
+    pad_rows = lambda x: jnp.pad(x.astype(jnp.int32), (0, g.rows - batch))  # noqa: E731
+    numbers = {
+        "position": pad_rows(jnp.clip(positions_B, 0, capacity)),
+        "writes": pad_rows(live_B & (positions_B >= 0) & (positions_B < capacity)),
+        "planned": pad_rows(planned_B),
         "count": jnp.stack([jnp.max(planned_B), length]).astype(jnp.int32),
         "order": order_M,
         "asked": asked_M.astype(jnp.int32),
-        "position": position,
-        "writes": pad_rows(writes.astype(jnp.int32)),
-        "planned": pad_rows(planned_B),
+    }
+    angles = frequencies[:, None] * numbers["position"][None].astype(jnp.float32)
+    x_DR = jnp.pad(x_BD.astype(jnp.float32).T, ((0, 0), (0, g.rows - batch)))
+    columns = {"x": x_DR, "cos": jnp.cos(angles), "sin": jnp.sin(angles)}
+    values = {
+        "numbers": _together(_numbers(g, order_M.shape[0]), numbers),
+        "columns": _together(_columns(g), columns),
         "threshold": jnp.reshape(jnp.float32(0) if threshold is None else threshold, (1,)).astype(jnp.float32),
-        "norm_attn": weights.norm_attn,
-        "wqkv": weights.wqkv,
-        "bqkv": optional(weights.bqkv),
-        "norm_q": optional(weights.norm_q),
-        "norm_k": optional(weights.norm_k),
-        "wo": weights.wo,
-        "norm_mlp": weights.norm_mlp,
-        "w_gate_up": weights.w_gate_up,
-        "w_down": weights.w_down,
-        "cos": jnp.cos(angles),
-        "sin": jnp.sin(angles),
-        "x": wide.T,
-        "first_input": (wide * weights.norm_attn[order_M[0]].astype(jnp.float32)[None]).astype(x.dtype),
-        "first_sums": jnp.zeros((g.padded_tiles, g.rows), jnp.float32).at[0].set(squares),
         "k_cache": jax.new_ref(k_LBSKH),
         "v_cache": jax.new_ref(v_LBSKH),
-        "inbox": jax.new_ref(jnp.full(g.inbox, EMPTY_BITS, jnp.int32)),
+        "inbox": jax.new_ref(jnp.full(g.inbox, EMPTY_BITS, jnp.int32)) if g.peers > 1 else None,
+        **vars(weights),
     }
+    inputs = tuple(name for name in INPUTS if values[name] is not None)
     kernel = build(
         g,
+        entries=order_M.shape[0],
         eps=eps,
         rule=threshold is not None,
-        filled=order_M.shape[0] if fill else 0,
+        fill=fill,
         window=window,
-        bias=weights.bqkv is not None,
-        qk_norm=weights.norm_q is not None,
+        inputs=inputs,
         mesh=mesh,
         axes=axes,
     )
-    results = dict(zip(OUTPUTS, kernel(*[values[name] for name in INPUTS]), strict=True))
+    results = dict(zip(OUTPUTS, kernel(*[values[name] for name in inputs]), strict=True))
     ran_B = planned_B if threshold is None else jnp.minimum(results["ended"][:batch], planned_B)
-    x_BD, before_BD = (results[name].T[:batch].astype(x.dtype) for name in ("stream", "layer_input"))
-    return x_BD, before_BD, jax.freeze(values["k_cache"]), jax.freeze(values["v_cache"]), ran_B
+    states = (results[name].T[:batch].astype(x_BD.dtype) for name in ("stream", "layer_input"))
+    return *states, jax.freeze(values["k_cache"]), jax.freeze(values["v_cache"]), ran_B
 
 
-def build(g: Geometry, *, filled: int, **static: Any):
-    """Return the kernel for one geometry; its arguments are those of :func:`_body`, each an array.
+def build(g: Geometry, *, entries: int, **static: Any):
+    """Return the kernel for one geometry.
 
     Args:
-        filled: entries of the order, if those after the last one that ran store keys and values of the final states;
-            0 if they do not.
+        entries: length of the order.
         static: ``eps``; ``rule``, whether rows leave when the cosine of the states before and after a layer exceeds a
-            threshold; ``window``; ``bias`` and ``qk_norm``, which weights there are; ``mesh`` and ``axes``, whose
-            devices share a layer.
+            threshold; ``fill``, whether entries after the last one that ran store keys and values of the final states;
+            ``window``; ``inputs``, which of ``INPUTS`` the kernel is given, in their order; ``mesh`` and
+            ``axes``, whose devices share a layer.
     """
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     dtype, f32 = jnp.bfloat16, jnp.float32
@@ -172,7 +161,7 @@ def build(g: Geometry, *, filled: int, **static: Any):
         "heads": shape((2, g.batch * g.kv_heads, g.head_rows, g.head_dim), dtype),  # queries and new key; new value
         "attended": shape((g.rows, queries), dtype),
         "hidden": shape((g.rows, g.d_ff), dtype),
-        "fill_input": shape((max(filled, 1), g.rows, g.d_model), dtype),
+        "fill_input": shape((entries if static["fill"] else 1, g.rows, g.d_model), dtype),
         "partial": shape((g.blocks, 2, 64, g.rows), f32),
         "split": shape((g.items, 4, 64, g.head_rows), f32),
         "sums": shape((3, g.padded_tiles, g.rows), f32),
@@ -198,9 +187,8 @@ def build(g: Geometry, *, filled: int, **static: Any):
     }
     if g.blocks == 1:
         scratch["phase"] = plgpu.Barrier()
-    static = SimpleNamespace(fill=filled > 0, **static)
     return plgpu.kernel(
-        functools.partial(_body, g, static),
+        functools.partial(_body, g, SimpleNamespace(**static), entries),
         out_type=list(outputs.values()),
         grid=(g.blocks,),
         grid_names=("block",),
@@ -212,13 +200,12 @@ def build(g: Geometry, *, filled: int, **static: Any):
 
 
 INPUTS = (
-    "count",  # int32 [2]: entries of order that run at most, and entries that exist
-    "order",  # int32 [M]: layers, in the order they run
-    "asked",  # int32 [M]: 1 where the rule is asked before that entry
-    "position",  # int32 [rows]: slot of the new token, and how many slots hold older ones
-    "writes",  # int32 [rows]: 1 where the new token's keys and values are stored
-    "planned",  # int32 [rows]: entry of order before which the row stops; 0 for rows that do not exist
+    "numbers",  # int32, the parts of _numbers one after the other
+    "columns",  # float32 [D + H, rows], the parts of _columns one below the other
     "threshold",  # float32 [1]
+    "k_cache",
+    "v_cache",  # [L, B, S, K, H], changed in place
+    "inbox",  # int32 [out or down, sender, tile, half, 64, rows], bits of float32, from the devices that share a layer
     "norm_attn",
     "wqkv",  # [L, D, K(G+2)H]
     "bqkv",  # [L, K(G+2)H]
@@ -228,20 +215,40 @@ INPUTS = (
     "norm_mlp",
     "w_gate_up",  # [L, 2, D, F]
     "w_down",  # [L, F, D]
-    "cos",
-    "sin",  # float32 [H/2, rows]
-    "x",  # float32 [D, rows]
-    "first_input",  # [rows, D]: x times the first norm's weights
-    "first_sums",  # float32 [padded tiles, rows]: squares of x
-    "k_cache",
-    "v_cache",  # [L, B, S, K, H], changed in place
-    "inbox",  # int32 [out or down, sender, tile, half, 64, rows], bits of float32, from the devices that share a layer
 )
 
 
-def _body(g: Geometry, static: SimpleNamespace, *refs, **scratch):
-    names = INPUTS + OUTPUTS
-    r = SimpleNamespace(**dict(zip(names, refs, strict=True)), **scratch)
+def _numbers(g: Geometry, entries: int) -> dict[str, int]:
+    """Return the sizes of the small arrays of integers that the kernel is given as one."""
+    return {
+        "position": g.rows,  # slot of the new token, and how many slots hold older ones
+        "writes": g.rows,  # 1 where the new token's keys and values are stored
+        "planned": g.rows,  # entry of order before which the row stops; 0 for rows that do not exist
+        "count": 2,  # entries of order that run at most, and entries that exist
+        "order": entries,  # layers, in the order they run
+        "asked": entries,  # 1 where the rule is asked before that entry
+    }
+
+
+def _columns(g: Geometry) -> dict[str, int]:
+    """Return the heights of the arrays with a column for each row that the kernel is given as one."""
+    return {"x": g.d_model, "cos": g.head_dim // 2, "sin": g.head_dim // 2}
+
+
+def _together(sizes: dict[str, int], parts: dict[str, jax.Array]) -> jax.Array:
+    """Return parts of these sizes as one array: XLA makes a kernel of each array it computes, however small."""
+    return jnp.concatenate([parts[name] for name in sizes])
+
+
+def _apart(sizes: dict[str, int], ref) -> dict[str, Any]:
+    """Return the parts of what :func:`_together` has made."""
+    starts = itertools.accumulate(sizes.values(), initial=0)
+    return {name: ref.at[pl.ds(start, size)] for (name, size), start in zip(sizes.items(), starts, strict=False)}
+
+
+def _body(g: Geometry, static: SimpleNamespace, entries: int, *refs, **scratch):
+    r = SimpleNamespace(**dict(zip((*static.inputs, *OUTPUTS), refs, strict=True)), **scratch)
+    vars(r).update(_apart(_numbers(g, entries), r.numbers) | _apart(_columns(g), r.columns))
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     if g.peers > 1:
         static = SimpleNamespace(**vars(static), devices=ranks(static.mesh, static.axes))
@@ -275,7 +282,7 @@ class _Grid:
 
     def share(self, units):
         """Return the first unit of this block and the one behind its last."""
-        workers = jnp.minimum(units, self.g.blocks)
+        workers = jnp.clip(units, 1, self.g.blocks)
         index = jnp.minimum(self.block, workers)
         return lax.div(index * units, workers), lax.div(jnp.minimum(index + 1, workers) * units, workers)
 
@@ -311,7 +318,7 @@ class _Grid:
 
 def _stream(g, r, static, grid, block):
     """Read weights and cache into the ring, in the order in which the worker takes them."""
-    plgpu.set_max_registers(40, action="decrease")
+    plgpu.set_max_registers(104, action="decrease")
 
     def await_units(arrived, wanted):
         """Wait until ``wanted`` units have arrived, of which ``arrived`` are known to have."""
@@ -399,7 +406,7 @@ def _stream(g, r, static, grid, block):
 
 def _feed(g, r, static, grid, block):
     """Read activations as soon as all blocks have written them."""
-    plgpu.set_max_registers(40, action="decrease")
+    plgpu.set_max_registers(104, action="decrease")
 
     def units(source, first, stop, contraction, count, entry_of=None):
         def unit(u, count):
@@ -412,22 +419,19 @@ def _feed(g, r, static, grid, block):
 
         return lax.fori_loop(first, stop, unit, count)
 
-    def qkv(entry, first, stop, count):
-        share = (first, stop, g.products["qkv"][1])
-        return lax.cond(
-            entry == 0, lambda c: units(r.first_input, *share, c), lambda c: units(r.norm_input, *share, c), count
-        )
+    def qkv(first, stop, count):
+        return units(r.norm_input, first, stop, g.products["qkv"][1], count)
 
     def before_decision(entry, count):
         grid.wait(PHASES * entry)
         first, stop, _ = grid.product("qkv")
         early = jnp.minimum(stop, first + g.feeds)
-        return qkv(entry, first, early, count), early
+        return qkv(first, early, count), early
 
     def layer(entry, count, qkv_from):
         if not static.rule:
             grid.wait(PHASES * entry)
-        count = qkv(entry, qkv_from, grid.product("qkv")[1], count)
+        count = qkv(qkv_from, grid.product("qkv")[1], count)
         grid.wait(PHASES * entry + 1)
 
         def turn(turn, _):

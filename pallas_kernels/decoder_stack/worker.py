@@ -34,7 +34,7 @@ class Worker(Attention):
 
     def run(self):
         g, r, static = self.g, self.r, self.static
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         self.begin()
         self.grid.finish_phase()
         rows = lambda value, dtype: plgpu.layout_cast(jnp.full((g.rows,), value, dtype), ROWS)  # noqa: E731
@@ -72,21 +72,31 @@ class Worker(Attention):
                 def _(turn=turn):
                     empty(r.split.at[self.block + turn * g.blocks])
 
-        def copy(turn, _):
-            at = pl.ds((self.block + turn * g.blocks) * 64, 64)
-            r.stream[at] = r.layer_input[at] = load(r.x, (at,))
+        def enter(turn, _):
+            tile = self.block + turn * g.blocks
+
+            @pl.when(tile < g.tiles)
+            def _():
+                halves = [pl.ds(tile * 128 + i * 64, 64) for i in (0, 1)]
+                states = [load(r.x, (half,)) for half in halves]
+                norms = [load(r.norm_attn, (r.order[0], half), FEATURES) for half in halves]
+                self.stage([state * self.over_features(norm) for state, norm in zip(states, norms, strict=True)])
+                self.put_sum(INPUT, tile, states, states)
+                for half, state in zip(halves, states, strict=True):
+                    r.layer_input[half] = state
+                self.put_residual((0, tile, None), states)
+
+            nothing = plgpu.layout_cast(jnp.zeros((g.rows,), F32), ROWS)
+            for which in (MIDDLE, DOT):
+                r.sums[which, tile] = nothing
+
+            @pl.when(tile >= g.tiles)
+            def _():
+                r.sums[INPUT, tile] = nothing
+
             return 0
 
-        lax.fori_loop(0, lax.div(2 * g.tiles - self.block + g.blocks - 1, g.blocks), copy, 0)
-
-        @pl.when(self.block == 0)
-        def _():
-            for part in range(g.padded_tiles // 64):
-                at = pl.ds(part * 64, 64)
-                squares = load(r.first_sums, (at,))
-                r.sums[INPUT, at] = squares
-                for which in (MIDDLE, DOT):
-                    r.sums[which, at] = jnp.zeros_like(squares)
+        lax.fori_loop(0, lax.div(g.padded_tiles - self.block + g.blocks - 1, g.blocks), enter, 0)
 
     def ruled_layer(self, state):
         """Ask the rule which rows leave before an entry; run it if any row stays.
@@ -280,11 +290,11 @@ class Worker(Attention):
         g, r, static = self.g, self.r, self.static
         scale, cos, sin = begun
         halves = [half * self.over_rows(scale) for half in (low, high)]
-        if static.bias:
+        if "bqkv" in static.inputs:
             bias = [load(r.bqkv, (layer, pl.ds(tile * 128 + i * 64, 64)), FEATURES) for i in (0, 1)]
             halves = [half + self.over_features(b) for half, b in zip(halves, bias, strict=True)]
         turned = (head <= g.group).astype(F32)
-        if static.qk_norm:
+        if "norm_q" in static.inputs:
             squares = jnp.sum(halves[0] * halves[0] + halves[1] * halves[1], axis=0)
             scale = self.over_rows(lax.rsqrt(squares / g.head_dim + static.eps))
             query, key = ((head < g.group).astype(F32), (head == g.group).astype(F32))
