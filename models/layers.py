@@ -16,7 +16,7 @@ from flax import nnx
 
 from dyninf.models.config import ModelConfig, RopeScaling
 from pallas_kernels.add_devices import add_product
-from pallas_kernels.few_rows import einsum_rows
+from pallas_kernels.few_rows import norm_einsum_rows
 
 INIT_STD = 0.02
 
@@ -59,7 +59,7 @@ class DecoderLayer(nnx.Module):
         k_BTKH = self._rotate(k_BTKH, positions_BT, self.norm_k)
         o_BTNH, carry = attend(q_BTNH, k_BTKH, v_BTKH, window=self.window)
         x_BTD = add_product(x_BTD, o_BTNH, self.wo[...])
-        hidden_BTCF = einsum_rows("BTD,DCF->BTCF", rms_norm(x_BTD, self.norm_mlp[...], self.eps), self.w_gate_up[...])
+        hidden_BTCF = norm_einsum_rows("BTD,DCF->BTCF", x_BTD, self.norm_mlp[...], self.eps, self.w_gate_up[...])
         hidden_BTF = jax.nn.silu(hidden_BTCF[:, :, 0]) * hidden_BTCF[:, :, 1]
         return add_product(x_BTD, hidden_BTF, self.w_down[...]), carry
 
@@ -70,7 +70,7 @@ class DecoderLayer(nnx.Module):
         return self._rotate(kv_BTKMH[..., 0, :], positions_BT, self.norm_k), kv_BTKMH[..., 1, :]
 
     def _project(self, x_BTD, weights_DKMH, bias_KMH):
-        x_BTKMH = einsum_rows("BTD,DKMH->BTKMH", rms_norm(x_BTD, self.norm_attn[...], self.eps), weights_DKMH)
+        x_BTKMH = norm_einsum_rows("BTD,DKMH->BTKMH", x_BTD, self.norm_attn[...], self.eps, weights_DKMH)
         return x_BTKMH if bias_KMH is None else x_BTKMH + bias_KMH[None, None]
 
     def _rotate(self, x_BTNH, positions_BT, norm):

@@ -1,4 +1,4 @@
-"""The product of few rows of activations and weights, as XLA for GPUs does it fastest."""
+"""Products of few rows of activations and weights, as XLA for GPUs does them fastest."""
 
 from typing import Any
 
@@ -15,14 +15,35 @@ WEIGHTS = range(2**21, 2**26)  # numbers of them, on a device, with which four r
 def einsum_rows(spec: str, rows: jax.Array, weights: jax.Array, **options: Any) -> jax.Array:
     """Return ``jnp.einsum(spec, rows, weights, **options)`` of rows ``[B, T, ...]``, a result ``[B, T, ...]``.
 
-    On a GPU, fewer than four rows in bfloat16 that devices do not split are multiplied several times, as four to six:
-    XLA makes a product of one row and fewer than ten million weights a reduction, which takes twice as long, and some
-    larger ones gain a sixth.
+    See :func:`repeat_rows` for what it multiplies on a GPU.
+    """
+    return jnp.einsum(spec, repeat_rows(rows, weights), weights, **options)[: rows.shape[0]]
+
+
+def repeat_rows(rows: jax.Array, weights: jax.Array) -> jax.Array:
+    """Return the rows ``[B, T, ...]`` several times where XLA multiplies them faster so, else as they are.
+
+    On a GPU, fewer than four rows in bfloat16 that devices do not split become four to six: XLA makes a product of one
+    row and fewer than ten million weights a reduction, which takes twice as long, and some larger ones gain a sixth.
+    Repeating them is part of the product, not a kernel before it.
     """
     batch, length = rows.shape[:2]
     split = parts()
     few = length == 1 and batch < ROWS and split["batch"] == 1 and weights.size // split["heads"] in WEIGHTS
     if not few or rows.dtype != jnp.bfloat16 or platform() != "gpu":
-        return jnp.einsum(spec, rows, weights, **options)
-    repeated = jnp.tile(rows, (-(-ROWS // batch),) + (1,) * (rows.ndim - 1))  # part of the product, not a kernel before
-    return jnp.einsum(spec, repeated, weights, **options)[:batch]
+        return rows
+    return jnp.tile(rows, (-(-ROWS // batch),) + (1,) * (rows.ndim - 1))
+
+
+def norm_einsum_rows(spec: str, rows: jax.Array, scale_D: jax.Array, eps: float, weights: jax.Array) -> jax.Array:
+    """Return the product of :func:`einsum_rows` of rows ``[B, T, D]`` after an RMS norm, in their dtype.
+
+    On a GPU, one token a sequence in bfloat16 is divided by its root mean square behind the product, with which that
+    commutes, in float32: the division is part of the kernel behind, and one before it less has to begin and to end.
+    """
+    wide, scale_11D = rows.astype(jnp.float32), scale_D.astype(jnp.float32)[None, None]
+    shrink_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    if rows.shape[1] > 1 or rows.dtype != jnp.bfloat16 or platform() != "gpu":
+        return einsum_rows(spec, (wide * shrink_BT1 * scale_11D).astype(rows.dtype), weights)
+    product = einsum_rows(spec, (wide * scale_11D).astype(rows.dtype), weights, preferred_element_type=jnp.float32)
+    return (product * jnp.expand_dims(shrink_BT1, tuple(range(3, product.ndim)))).astype(rows.dtype)

@@ -88,14 +88,17 @@ def refuse(
 
 @functools.partial(jax.jit, static_argnames=("mesh", "axes"))
 def add_devices(part_BD, residual_BD, mesh, axes, inbox):
-    """See :func:`pallas_kernels.add_devices.add_devices`; the part may be wider than the residual.
+    """See :func:`pallas_kernels.add_devices.add_devices`; of the part, only as many rows count as the residual has.
+
+    It may be in float32. Rows behind those that count are not cut off before: XLA would call the kernel through a
+    program that does so, and would no longer join what reads the sum.
 
     A program of its own, so that the dozens of calls of a step are traced and lowered once.
 
     Args:
         inbox: int32 ``[1, ...]``, this device's of an array of :func:`inbox_shape`.
     """
-    total = part_BD.size
+    total = residual_BD.size
     turns = _turns(total)
     kernel = plgpu.kernel(
         functools.partial(_kernel, mesh=mesh, axes=axes, turns=turns),
@@ -104,7 +107,7 @@ def add_devices(part_BD, residual_BD, mesh, axes, inbox):
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(skip_device_barrier=True),
     )
-    return kernel(part_BD.reshape(total), residual_BD.reshape(total), inbox).reshape(part_BD.shape)
+    return kernel(part_BD.reshape(-1), residual_BD.reshape(-1), inbox).reshape(residual_BD.shape)
 
 
 def _turns(total: int) -> int:
@@ -120,7 +123,7 @@ def _kernel(part, residual, inbox, out, *, mesh, axes, turns):
 
     def places(first, stop):
         """Return where pieces are; one behind the end is the last one once more, which does no harm."""
-        starts = [jnp.minimum((block * turns + turn) * PIECE, part.shape[0] - PIECE) for turn in range(first, stop)]
+        starts = [jnp.minimum((block * turns + turn) * PIECE, out.shape[0] - PIECE) for turn in range(first, stop)]
         return [pl.ds(pl.multiple_of(start, ALIGNED), PIECE) for start in starts]
 
     def load(ref, place):

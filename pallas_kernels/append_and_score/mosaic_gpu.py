@@ -49,7 +49,8 @@ def append_and_score(
     scores = scoring.geometry(q_BTNH, summary, reduce=reduce, scale=1.0, cores=cores)
     layer, num_pages_B = layer.reshape(1).astype(I32), num_pages_B.astype(I32)
     refs = [jax.new_ref(array) for array in (k, v, summary)]
-    found = _kernel(stores, scores)(layer, slots_BT.astype(I32), num_pages_B, k_BTKH, v_BTKH, q_BTNH, *refs)
+    new = storing.join(k_BTKH, v_BTKH)
+    found = _kernel(stores, scores)(layer, slots_BT.astype(I32), num_pages_B, new, q_BTNH, *refs)
     k, v, summary = (jax.freeze(ref) for ref in refs)
     if reduce == "vote":
         found = scoring.votes(scores, found, layer, num_pages_B, q_BTNH, summary)
@@ -71,7 +72,7 @@ def _kernel(stores: storing.Geometry, scores: scoring.Geometry):
 
 
 def _body(stores, scores, *refs, **scratch):
-    names = ("layer", "slots", "num_pages", "k_new", "v_new", "q", "k", "v", "summary", "out")
+    names = ("layer", "slots", "num_pages", "new_tokens", "q", "k", "v", "summary", "out")
     r = SimpleNamespace(**dict(zip(names, refs, strict=True)), **scratch)
     block, count = lax.axis_index("block"), stores.batch * stores.kv_heads
     warpgroup = lax.axis_index("warpgroup")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import few_rows
-from pallas_kernels.few_rows import einsum_rows
+from pallas_kernels.few_rows import einsum_rows, norm_einsum_rows
 
 
 def shapes_multiplied(spec, rows, weights, **options):
@@ -65,3 +65,30 @@ def test_other_products_are_left_alone(monkeypatch, changes, shape, dtype):
         monkeypatch.setattr(few_rows, name, value)
     multiplied = shapes_multiplied("BTD,DF->BTF", jnp.ones(shape, dtype), jnp.ones((24, 16), dtype))
     assert multiplied == [shape]
+
+
+@pytest.mark.parametrize(
+    ("platform", "shape", "dtype", "squares_first"),
+    [
+        ("gpu", (3, 1, 24), jnp.bfloat16, False),
+        ("gpu", (9, 1, 24), jnp.bfloat16, False),
+        ("gpu", (3, 2, 24), jnp.bfloat16, True),
+        ("gpu", (3, 1, 24), jnp.float32, True),
+        ("cpu", (3, 1, 24), jnp.bfloat16, True),
+    ],
+)
+def test_the_norm_is_behind_the_product_of_a_token_on_a_gpu(monkeypatch, platform, shape, dtype, squares_first):
+    monkeypatch.setattr(few_rows, "platform", lambda: platform)
+    monkeypatch.setattr(few_rows, "WEIGHTS", range(100, 10**6))
+    keys = jax.random.split(jax.random.key(0), 3)
+    rows = 30 * jax.random.normal(keys[0], shape, dtype)
+    scale, weights = jax.random.normal(keys[1], (24,), dtype), jax.random.normal(keys[2], (24, 2, 8), dtype)
+    product = lambda *arrays: norm_einsum_rows("BTD,DCF->BTCF", arrays[0], arrays[1], 1e-5, arrays[2])  # noqa: E731
+    got = product(rows, scale, weights)
+    assert got.dtype == dtype
+    x, norm, w = (np.asarray(array, np.float64) for array in (rows, scale, weights))
+    want = np.einsum("BTD,DCF->BTCF", x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-5) * norm, w)
+    tolerance = 0.05 if dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=tolerance, atol=tolerance)
+    (dot,) = [eq for eq in jax.make_jaxpr(product)(rows, scale, weights).eqns if eq.primitive.name == "dot_general"]
+    assert (dot.params["preferred_element_type"] == jnp.float32) == (dtype == jnp.float32 or not squares_first)
