@@ -38,12 +38,13 @@ def repeat_rows(rows: jax.Array, weights: jax.Array) -> jax.Array:
 def norm_einsum_rows(spec: str, rows: jax.Array, scale_D: jax.Array, eps: float, weights: jax.Array) -> jax.Array:
     """Return the product of :func:`einsum_rows` of rows ``[B, T, D]`` after an RMS norm, in their dtype.
 
-    On a GPU, one token a sequence in bfloat16 is divided by its root mean square behind the product, with which that
-    commutes, in float32: the division is part of the kernel behind, and one before it less has to begin and to end.
+    Where rows are repeated, they are divided by their root mean square behind the product, with which that commutes, in
+    float32: the division is part of the kernel that adds up the parts of such a product, and one before it less has to
+    begin and to end.
     """
     wide, scale_11D = rows.astype(jnp.float32), scale_D.astype(jnp.float32)[None, None]
     shrink_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    if rows.shape[1] > 1 or rows.dtype != jnp.bfloat16 or platform() != "gpu":
+    if repeat_rows(rows, weights) is rows:
         return einsum_rows(spec, (wide * shrink_BT1 * scale_11D).astype(rows.dtype), weights)
     product = einsum_rows(spec, (wide * scale_11D).astype(rows.dtype), weights, preferred_element_type=jnp.float32)
     return (product * jnp.expand_dims(shrink_BT1, tuple(range(3, product.ndim)))).astype(rows.dtype)
