@@ -28,6 +28,7 @@ from dyninf.cli.common import (
     model_name,
     progress,
     read_mesh,
+    require_known,
     table_console,
 )
 from dyninf.cli.decoding import bytes_per_step, decode_steps, random_state, summary_bytes, time_prompt
@@ -179,8 +180,8 @@ def _time_prompt(model: models.Transformer, plan: dyninf.Plan, batch: int, argum
 def _model(arguments: argparse.Namespace, dtype: str) -> tuple[str, models.Transformer | models.MeshModel]:
     if arguments.shape is not None and arguments.model is not None:
         raise ValueError("expected --model or --shape, got both")
-    if arguments.shape is not None and arguments.shape not in shapes():
-        raise ValueError(f"expected a shape among {', '.join(shapes())}, got {arguments.shape!r}")
+    if arguments.shape is not None:
+        require_known("a shape", arguments.shape, shapes())
     mesh, stacked = read_mesh(arguments.mesh), arguments.stacked
     if arguments.shape is not None:
         return arguments.shape, shape_model(arguments.shape, dtype, mesh, stacked)

@@ -69,6 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(arguments.json)
     if arguments.guarantee is not None and arguments.memory is not None:
         raise ValueError("expected --memory beside --mean, got --guarantee; give the --peak that fits instead")
+    if arguments.mean is not None and not 0 < arguments.mean <= 1:
+        raise ValueError(f"expected --mean to be a share of the layers, above 0 and up to 1, got {arguments.mean:g}")
     loaded = load(arguments)
     model, rule = loaded.model, RULES[arguments.rule]
     layers = _exits(arguments.exits, arguments.peak, len(model.layers))

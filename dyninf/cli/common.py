@@ -1,7 +1,9 @@
 """What several commands share: the model they load, the number format it runs in, and where they print."""
 
 import argparse
+import difflib
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,15 @@ class Loaded:
     dtype: str
     model: models.Transformer | models.MeshModel
     tokenizer: Tokenizer
+
+
+def require_known(what: str, name: str, known: Iterable[str]) -> None:
+    """Raise ValueError with the known names, and the nearest of them, if a name is none of them."""
+    known = list(known)
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"expected {what} among {', '.join(known)}, got {name!r}{hint}")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import dyninf
 from dyninf.cli.calibrated import read_calibrated
+from dyninf.cli.common import require_known
 from dyninf.configs.plans import plans
 from dyninf.depth import AdaptedExit, MetaExit, StopExit
 from dyninf.indexed import is_indexed, refuse_indexed
@@ -55,8 +56,7 @@ def read_plan(name: str, changes: Sequence[str], num_layers: int) -> dyninf.Plan
         plan = dyninf.Plan(depth=load_exits(name))
     else:
         named = plans(num_layers)
-        if name not in named:
-            raise ValueError(f"expected a plan among {', '.join(named)}, got {name!r}")
+        require_known("a plan", name, named)
         plan = named[name]
     for change in changes:
         path, equals, text = change.partition("=")

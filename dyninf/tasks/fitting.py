@@ -61,7 +61,8 @@ class Encoder:
             lost = next((word for word in text.split() if not self._survives(word)), text[:40])
             raise ValueError(
                 f"expected a tokenizer that can encode the text of this task, but {lost!r} does not survive it; use "
-                "one that falls back to bytes, or a task made of tokens (dyninf.tasks.draw)"
+                "one that falls back to bytes, or a task made of tokens (`dyninf eval --tasks tokens`, "
+                "dyninf.tasks.draw)"
             )
 
     def _survives(self, text: str) -> bool:

@@ -46,6 +46,7 @@ def test_a_guarantee_out_of_reach_is_said(folder, tmp_path, capsys):
         ([], "one of the arguments --mean --guarantee is required"),
         (["--mean", "0.5", "--guarantee", "0.1"], "not allowed with"),
         (["--mean", "0.1"], "between the first exit and the peak (1 to 4)"),
+        (["--mean", "1.5"], "above 0 and up to 1, got 1.5"),
         (["--mean", "0.5", "--peak", "9"], "expected the peak to be an exit"),
         (["--mean", "0.5", "--memory", "10"], "for the 1 layers of the first exit"),
         (["--guarantee", "0.1", "--memory", "10"], "--memory beside --mean"),

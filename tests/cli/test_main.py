@@ -48,6 +48,8 @@ def test_without_a_command_help_is_shown(capsys):
         (["compare", "--model", "MODEL", "--json", "no/such/folder/file.json"], "folder that exists"),
         (["eval", "--model", "MODEL", "--set", "depth.patience=1"], "--plan"),
         (["bench", "--shape", "huge"], "expected a shape among tiny"),
+        (["bench", "--shape", "llama-8b"], "got 'llama-8b'; did you mean llama3-8b?"),
+        (["generate", "--prompt", "x", "--model", "MODEL", "--plan", "exit_hlf"], "did you mean exit_half?"),
         (["bench", "--shape", "tiny", "--context", "32"], "--context above --steps"),
         (["plans", "--layers", "2"], "at least 4 layers"),
     ],

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from dyninf.models import make_mesh
+from pallas_kernels import few_rows
 from pallas_kernels.add_devices import add_devices, add_product, make_inbox, mosaic_gpu
 from pallas_kernels.dispatch import MOSAIC_GPU_JAX
 from pallas_kernels.exchange import EMPTY_BITS
@@ -213,11 +214,14 @@ def test_calls_in_loops_and_branches_agree_with_numpy(rng, name):
     assert at_rest(inbox)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 6])
 @pytest.mark.parametrize("heads", [False, True], ids=["mlp", "heads"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=on_gpus) for name in MESHES])
-def test_a_product_is_that_of_numpy(rng, name, dtype, heads):
-    mesh, rows, width = gpu_mesh(name), 6, 1024
+def test_a_product_is_that_of_numpy(rng, monkeypatch, name, dtype, heads, rows):
+    """One or two rows in bfloat16 are multiplied as four, of which the kernel adds up those that there are."""
+    monkeypatch.setattr(few_rows, "WEIGHTS", range(2**26))
+    mesh, width = gpu_mesh(name), 1024
     inner = (8, 64) if heads else (512,)
     y, weights, residual = (
         jnp.asarray(rng.normal(size=shape), dtype) for shape in ((rows, 1, *inner), (*inner, width), (rows, 1, width))
