@@ -50,9 +50,9 @@ class Choice:
     leads: bool = True
 
 
-@pytree(static=("reads",))
+@pytree(static=("reads", "dense_layers"))
 class LayerCache:
-    """Keys and values of one layer.
+    """Keys and values of one layer, or the stacked ones of all.
 
     Attributes:
         k, v: ``[B, S, K, H]``.
@@ -63,6 +63,7 @@ class LayerCache:
         summary: of a layer that selects, what is known of the keys of each page ``[B, P, K, X]``.
         reads: of a layer that selects, the tokens of its own budget, ``None`` for that of all layers.
         choice: of a layer that selects, the scores of pages that it remembers.
+        dense_layers: of stacked caches with summaries, how many of the first layers read everything, and not theirs.
     """
 
     k: jax.Array
@@ -74,6 +75,7 @@ class LayerCache:
     summary: jax.Array | None = None
     choice: Choice | None = None
     reads: int | None = None
+    dense_layers: int = 0
 
 
 @pytree()
@@ -121,9 +123,11 @@ class KVCache:
 
     @property
     def summary_sizes(self) -> tuple[tuple[int, int] | None, ...]:
-        """Pages and numbers ``(P, X)`` of the summary of each layer, ``None`` for layers that have none."""
+        """Pages and numbers ``(P, X)`` of the summary that each layer reads, ``None`` for layers that read none."""
         if self.stacked:
-            return (None,) * self.layers.k.shape[0]
+            num_layers, dense, summary = self.layers.k.shape[0], self.layers.dense_layers, self.layers.summary
+            sizes = None if summary is None else summary.shape[2::2]
+            return (None,) * dense + (sizes,) * (num_layers - dense)
         return tuple(None if cache.summary is None else cache.summary.shape[1::2] for cache in self.layers)
 
     @property
@@ -265,10 +269,21 @@ def advance(cache: KVCache, layers: tuple[LayerCache, ...] | LayerCache, count_B
 
 
 def stack_caches(layers: tuple[LayerCache, ...]) -> LayerCache:
-    """Return the caches of all layers as one with a leading layer axis; copies them."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    """Return the caches of all layers as one with a leading layer axis; copies them.
+
+    The first layers may lack the summaries that all others have; theirs are zeros then.
+    """
+    summary = layers[-1].summary
+    dense = 0 if summary is None else sum(cache.summary is None for cache in layers)
+    empty = None if summary is None else jnp.zeros_like(summary)
+    filled = [dataclasses.replace(cache, summary=empty) for cache in layers[:dense]]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled, *layers[dense:])
+    return dataclasses.replace(stacked, dense_layers=dense)
 
 
 def list_caches(stacked: LayerCache) -> tuple[LayerCache, ...]:
     """Return the caches of single layers; the inverse of :func:`stack_caches`."""
-    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(stacked.k.shape[0]))
+    dense = stacked.dense_layers
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(stacked.k.shape[0])]
+    layers[:dense] = [dataclasses.replace(cache, summary=None) for cache in layers[:dense]]
+    return tuple(dataclasses.replace(cache, dense_layers=0) for cache in layers)

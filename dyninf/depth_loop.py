@@ -47,7 +47,7 @@ def default_driver(layers: Sequence[DecoderLayer], plan: Plan) -> Driver:
     ``indexed`` for stacked layers wherever it can run the plan, else ``unrolled`` for static schedules and
     ``segments`` for the rest.
     """
-    if is_indexed(layers) and refuse_indexed(plan, len(layers)) is None:
+    if is_indexed(layers) and refuse_indexed(plan, layers) is None:
         return "indexed"
     return "segments" if plan.depth.static_layers(len(layers)) is None else "unrolled"
 
@@ -66,7 +66,7 @@ def check_driver(driver: Any, layers: Sequence[DecoderLayer], plan: Plan, batch:
         raise ValueError(f"expected driver to be one of {DRIVERS} or Compact(capacity=...), got {driver!r}")
     if driver == "indexed" and not is_indexed(layers):
         raise ValueError("expected stacked layers for driver 'indexed'; use dyninf.models.stack_for_decoding")
-    if driver == "indexed" and (reason := refuse_indexed(plan, num_layers)) is not None:
+    if driver == "indexed" and (reason := refuse_indexed(plan, layers)) is not None:
         raise ValueError(f"expected another driver than 'indexed' for {plan.depth}: {reason}; use 'segments'")
     if driver == "scan" and getattr(plan.select, "share", 1) > 1:
         raise ValueError(

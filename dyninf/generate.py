@@ -20,7 +20,7 @@ from dyninf.cache import CacheSpec, advance, init_cache, list_caches, stack_cach
 from dyninf.catch_up import no_pending
 from dyninf.decode_state import DecodeState, Generation, cache_layout, check_state
 from dyninf.depth_loop import Driver, check_driver, default_driver, run_layers
-from dyninf.indexed import is_indexed
+from dyninf.indexed import is_indexed, refuse_indexed
 from dyninf.kv.base import KeepAll, ReadAll
 from dyninf.kv.pages import mean_left_out, mean_read
 from dyninf.kv.top_k import TopK
@@ -235,7 +235,9 @@ def _begin(model, tokens, plan, max_new_tokens, key, lengths, stop, driver, chun
 
 def _stacks(model: CausalLM, plan: Plan) -> bool:
     """Return whether the caches of all layers are kept as one, which layers by index read; never with other caches."""
-    return is_indexed(model.layers) and isinstance(plan.evict, KeepAll) and isinstance(plan.select, ReadAll)
+    if not is_indexed(model.layers) or not isinstance(plan.evict, KeepAll):
+        return False
+    return isinstance(plan.select, ReadAll) or refuse_indexed(plan, model.layers) is None
 
 
 def _sample(state: DecodeState, logits_BV: jax.Array, plan: Plan) -> DecodeState:

@@ -28,7 +28,8 @@ from pallas_kernels.add_devices import make_inbox
 from pallas_kernels.partition import partitioned
 
 _STATES = ("batch", "length", None)
-_STACKED = ("layers", *CACHES["k"])
+_DECODED = {f"{name}_LBSKH": ("layers", *CACHES[name]) for name in ("k", "v")}
+_DECODED |= {"x_BD": ("batch", None), "summary_LBPKX": ("layers", *CACHES["summary"])}
 _KEYS = ("batch", "length", "kv_heads", None)
 _QUERIES, _WHOLE = ("batch", "length", "heads", None), ("batch", "length", None, None)
 
@@ -71,6 +72,11 @@ class MeshStack:
     where: Placement
     inbox: jax.Array | None = None
 
+    @property
+    def window(self) -> int | None:
+        """The attention window of all layers, ``None`` if they do not say."""
+        return getattr(self.layers, "window", None)
+
     def __len__(self) -> int:
         """Return the number of layers."""
         return len(self.layers)
@@ -92,9 +98,9 @@ class MeshStack:
         """Run layers on one token of each sequence; see :meth:`dyninf.models.StackedLayers.decode`."""
         with _kernels(self.where):
             out = self.layers.decode(x_BD, k_LBSKH, v_LBSKH, positions_B, **schedule)
-        k_LBSKH, v_LBSKH = (self.where.constrain(part, _STACKED) for part in (out.k_LBSKH, out.v_LBSKH))
-        x_BD = self.where.constrain(out.x_BD, ("batch", None))
-        return dataclasses.replace(out, x_BD=x_BD, k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH)
+        parts = {name: (getattr(out, name, None), axes) for name, axes in _DECODED.items()}
+        laid = {name: self.where.constrain(part, axes) for name, (part, axes) in parts.items() if part is not None}
+        return dataclasses.replace(out, **laid)
 
 
 @pytree(static=("where",))

@@ -46,6 +46,11 @@ class StackedLayers(nnx.Module):
         if self.stack.bqkv is not None:
             self.stack.bqkv = nnx.Param(self.stack.bqkv[...].reshape(length, -1))
 
+    @property
+    def window(self) -> int | None:
+        """The attention window of all layers."""
+        return self.stack.window
+
     def __len__(self) -> int:
         """Return the number of layers."""
         return self.stack.norm_attn.shape[0]

@@ -13,6 +13,7 @@ from pallas_kernels.block_sparse_attention import block_sparse_attention as bloc
 from pallas_kernels.choose_blocks import choose_blocks as choose_blocks
 from pallas_kernels.compact_cache import compact_cache as compact_cache
 from pallas_kernels.decoder_stack import DecoderWeights as DecoderWeights
+from pallas_kernels.decoder_stack import Selection as Selection
 from pallas_kernels.decoder_stack import decode_layers as decode_layers
 from pallas_kernels.hamming_scores import hamming_scores as hamming_scores
 from pallas_kernels.index import BlockIndex as BlockIndex

@@ -196,7 +196,8 @@ def bytes_per_step(model: CausalLM, means: dict[str, float], batch: int) -> floa
 def summary_bytes(cache: dyninf.KVCache) -> int:
     """Return the bytes of the summaries of pages, of the layers that score them at each step; of shapes, too."""
     if cache.stacked:
-        return 0
+        num_layers = len(cache.slots)
+        return tree_bytes(cache.layers.summary) * (num_layers - cache.layers.dense_layers) // num_layers
     scoring = (layer for layer in cache.layers if layer.choice is None or layer.choice.leads)
     return tree_bytes([layer.summary for layer in scoring])
 

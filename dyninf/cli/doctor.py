@@ -107,7 +107,7 @@ def _drivers(console: Console) -> None:
         ),
     ):
         table.add_row("a list", kind, repr(policy), default_driver(layers, dyninf.Plan(depth=policy)), why)
-    table.add_row("stacked", "all but skips by token", "", "indexed", indexed)
+    table.add_row("stacked", "all but skips by token; pages chosen by Quest or PageMean", "", "indexed", indexed)
     console.print(table)
 
 

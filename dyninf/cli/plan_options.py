@@ -88,7 +88,7 @@ def check_plan(plan: dyninf.Plan, model: Transformer) -> None:
         NotImplementedError: if a field holds something this version cannot run.
     """
     dyninf.check(plan, model)
-    if is_indexed(model.layers) and (reason := refuse_indexed(plan, len(model.layers))) is not None:
+    if is_indexed(model.layers) and (reason := refuse_indexed(plan, model.layers)) is not None:
         raise ValueError(f"expected a plan that stacked layers can run, got one that cannot: {reason}; drop --stacked")
     width = model.config.d_model
     for policy in policies(plan.depth):

@@ -7,6 +7,7 @@ no key (``fill="mask"``) are left out. A choice follows from the scores of this 
 (:mod:`dyninf.kv.choice`).
 
 Layers read everything, and hold no summary, where the budget covers the whole cache or ``dense_layers`` says so.
+Stacked caches have the same arrays in all layers; there the first ``dense_layers`` have summaries that nobody reads.
 """
 
 import dataclasses

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decoder_stack import loop, mosaic_gpu
-from pallas_kernels.decoder_stack.geometry import MAX_ROWS
+from pallas_kernels.decoder_stack.geometry import MAX_ROWS, Selection
 from pallas_kernels.dispatch import Implementation, choose, explain, platform
 from pallas_kernels.partition import device_numbers, parts, per_device
 
 WEIGHTS = {"norm_attn": "D", "wqkv": "DK", "bqkv": "K", "norm_q": "H", "norm_k": "H", "wo": "KD", "norm_mlp": "D"}
 WEIGHTS |= {"w_gate_up": "CDK", "w_down": "KD"}  # on a mesh the MLP is split as heads (K) are
-_on_each = per_device("BD BD LBSKH LBSKH B", weights=WEIGHTS)
+_on_each = per_device("BD BD LBSKH LBSKH select:LBPKX B", weights=WEIGHTS)
 DECODE = (
     Implementation(name="mosaic_gpu", refuse=mosaic_gpu.refuse, run=_on_each(mosaic_gpu.decode_layers), splits=True),
     Implementation(name="loop_per_device", refuse=loop.refuse_per_device, run=_on_each(loop.decode_layers)),
@@ -61,6 +61,8 @@ class Decoded:
         x_BD: states after the last layer that each sequence ran.
         before_BD: states that entered the last layer that any sequence (of one device, on a mesh) ran.
         k_LBSKH, v_LBSKH: the cache, with the new tokens.
+        summary_LBPKX: with a selection, the summaries of its pages: right for pages whose last slot holds a token,
+            unspecified for the others, which nothing reads.
         ran_B: entries of the order that each sequence ran.
     """
 
@@ -68,6 +70,7 @@ class Decoded:
     before_BD: jax.Array
     k_LBSKH: jax.Array
     v_LBSKH: jax.Array
+    summary_LBPKX: jax.Array | None = None
     ran_B: jax.Array
 
 
@@ -88,6 +91,8 @@ def decode_layers(
     asked_M: jax.Array | None = None,
     fill: bool = True,
     window: int | None = None,
+    summary_LBPKX: jax.Array | None = None,
+    select: Selection | None = None,
     implementation: str | None = None,
 ) -> Decoded:
     """Run the layers ``order_M`` on one token of each sequence, until every sequence has ended.
@@ -96,6 +101,13 @@ def decode_layers(
     the layer that ran last exceeds it; it keeps its state from then on. Keys and values of entries that others still
     run are projected from that state (CALM's propagation), and with ``fill`` also those of the entries that nobody
     runs. Reads every weight and every live cache slot of the entries that run once. Exact when no sequence ends early.
+
+    With a selection, a layer reads of the cache the pages of the highest scores, and the new token's up to it: those
+    before it are scored by :func:`pallas_kernels.page_scores`, with the largest score of the queries that share a
+    key/value head, and chosen by :func:`pallas_kernels.topk_pages`. Summaries are kept in every layer whose keys are
+    stored, those that read everything included, and made from the keys of the whole page: that of a page is right once
+    its last slot is written, and not read before.
+
     On a mesh (:mod:`pallas_kernels.partition`) each device runs the layers with its heads and its part of the MLP, and
     those that share a layer add up what its two projections to the states give, twice a layer. Where the mesh splits
     the batch, a device does not know what others run, and stores what ``fill`` does in any case.
@@ -111,6 +123,9 @@ def decode_layers(
         asked_M: bool, entries before which the rule is asked; ``None`` for all but the first.
         fill: store keys and values of the entries that nobody runs.
         window: attend to the last ``window`` positions only (the token's own included).
+        summary_LBPKX: of the pages of the cache, in its dtype, see :func:`pallas_kernels.summarize_pages`; P may be
+            more than there are pages. What is selected from; ``None`` without a selection.
+        select: which pages are read; ``None`` for all. Not with a window that is shorter than the cache.
         implementation: ``"mosaic_gpu"``, ``"loop_per_device"`` (on a mesh) or ``"loop"``; ``None`` takes the fastest
             that can serve.
 
@@ -119,6 +134,7 @@ def decode_layers(
         NotImplementedError: if the requested implementation cannot serve.
     """
     _check(x_BD, weights, k_LBSKH, v_LBSKH, order_M, window)
+    _check_selection(k_LBSKH, summary_LBPKX, select, window)
     for name, array, like in (
         ("positions [B]", positions_B, x_BD[:, 0]),
         ("planned [B]", planned_B, x_BD[:, 0]),
@@ -136,8 +152,8 @@ def decode_layers(
     if window is not None and window >= k_LBSKH.shape[2]:
         window = None
     fill = fill or parts()["batch"] > 1
-    chosen = choose("decode_layers", DECODE, implementation, **_facts(x_BD, weights, k_LBSKH))
-    x_BD, before_BD, k_LBSKH, v_LBSKH, ran_B = chosen.run(
+    chosen = choose("decode_layers", DECODE, implementation, **_facts(x_BD, weights, k_LBSKH, summary_LBPKX, select))
+    x_BD, before_BD, k_LBSKH, v_LBSKH, summary_LBPKX, ran_B = chosen.run(
         x_BD,
         weights,
         k_LBSKH,
@@ -153,8 +169,11 @@ def decode_layers(
         asked_M=asked_M,
         fill=fill,
         window=window,
+        summary_LBPKX=summary_LBPKX,
+        select=select,
     )
-    return Decoded(x_BD=x_BD, before_BD=before_BD, k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH, ran_B=ran_B)
+    cache = {"k_LBSKH": k_LBSKH, "v_LBSKH": v_LBSKH, "summary_LBPKX": summary_LBPKX}
+    return Decoded(x_BD=x_BD, before_BD=before_BD, **cache, ran_B=ran_B)
 
 
 def explain_decode(
@@ -175,13 +194,15 @@ def explain_decode(
     return explain(DECODE, **_facts(shape((batch, d_model), dtype), weights, cache))
 
 
-def _facts(x_BD, weights, k_LBSKH) -> dict:
+def _facts(x_BD, weights, k_LBSKH, summary_LBPKX=None, select=None) -> dict:
     layers, batch, capacity, kv_heads, head_dim = k_LBSKH.shape
     return {
         "platform": platform(),
         "dtypes": {jnp.dtype(leaf.dtype) for leaf in (x_BD, k_LBSKH, *jax.tree.leaves(weights))},
         "parts": parts(),
         "devices": device_numbers(),
+        "select": select,
+        "num_pages": None if summary_LBPKX is None else summary_LBPKX.shape[2],
         "sizes": {
             "layers": layers,
             "d_model": x_BD.shape[1],
@@ -226,3 +247,40 @@ def _check(x_BD, weights, k_LBSKH, v_LBSKH, order_M, window) -> None:
             raise ValueError(f"expected {name} of shape {shape} for this cache and these states, got {leaf.shape}")
     if (weights.norm_q is None) != (weights.norm_k is None):
         raise ValueError("expected norm_q and norm_k together; give both or neither")
+
+
+def _check_selection(k_LBSKH, summary_LBPKX, select, window) -> None:
+    if (summary_LBPKX is None) != (select is None):
+        given = "a selection alone" if summary_LBPKX is None else "summaries alone"
+        raise ValueError(f"expected summaries and a selection together, got {given}; give both or neither")
+    if select is None:
+        return
+    layers, batch, capacity, kv_heads, head_dim = k_LBSKH.shape
+    if window is not None and window < capacity:
+        raise ValueError(f"expected no window with a selection, got a window of {window} tokens; use one of them")
+    width = {"mean": head_dim, "bounds": 2 * head_dim}.get(select.kind)
+    if width is None:
+        raise ValueError(f"expected kind 'mean' or 'bounds', got {select.kind!r}")
+    if select.page_size < 1:
+        raise ValueError(f"expected pages of at least 1 slot, got page_size={select.page_size}")
+    if select.sinks < 0 or select.recent < 1 or select.dense_layers < 0:
+        raise ValueError(
+            "expected sinks and dense_layers of at least 0 and recent of at least 1, the page of the new token, got "
+            f"{select.sinks}, {select.dense_layers} and {select.recent}"
+        )
+    if select.sinks + select.recent > select.pages:
+        raise ValueError(
+            f"expected sinks + recent of at most {select.pages} pages, got {select.sinks} + {select.recent}; raise "
+            "pages"
+        )
+    pages = -(-capacity // select.page_size)
+    shape = summary_LBPKX.shape
+    if len(shape) != 5 or shape[2] < pages or shape != (layers, batch, shape[2], kv_heads, width):
+        raise ValueError(
+            f"expected summaries [L, B, P, K, X] of shape {(layers, batch, pages, kv_heads, width)} or of more pages, "
+            f"got {shape}; make them with summarize_pages"
+        )
+    if summary_LBPKX.dtype != k_LBSKH.dtype:
+        raise ValueError(
+            f"expected summaries of the cache's dtype {k_LBSKH.dtype}, got {summary_LBPKX.dtype}; cast them"
+        )

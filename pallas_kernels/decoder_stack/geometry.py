@@ -8,10 +8,33 @@ to the blocks in contiguous runs of equal length; a block that begins a tile col
 import dataclasses
 
 UNIT = 128
-PHASES = 5  # per layer: qkv, attention, output projection, gate and up, down
+QKV, ATTENTION, OUT, GATE_UP, DOWN = range(5)  # phases of a layer; scores of pages come between the first two
 MAX_ROWS = 64
 MAX_SPLITS = 16
 MAX_GROUP = 23  # and a column for the new key
+PAGE_SIZES = (16, 32, 64, 128)
+MAX_PAGES = 8192  # whose bits have room in shared memory
+MAX_CHOSEN, MAX_FORCED = 112, 16  # pages, by the threads of a warpgroup and the room for their numbers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selection:
+    """How a step reads the pages of the highest scores only; see :func:`pallas_kernels.page_scores`, reduced by max.
+
+    Args:
+        kind: of the summaries, ``"mean"`` or ``"bounds"``.
+        page_size: slots of a page.
+        pages: how many pages a layer reads of each key/value head at most, sinks and recent ones among them.
+        sinks, recent: first and last pages that are always read; the last page is that of the new token.
+        dense_layers: layers, from the first on, that read everything.
+    """
+
+    kind: str
+    page_size: int
+    pages: int
+    sinks: int = 0
+    recent: int = 1
+    dense_layers: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +47,7 @@ class Geometry:
         batch: sequences; ``capacity`` cache slots of each.
         blocks: thread blocks that run at once, one a multiprocessor.
         peers: devices that share a layer; ``d_ff`` and ``kv_heads`` are those of one of them.
+        select: which pages layers read, ``None`` for all; ``num_pages`` are those that summaries have room for.
     """
 
     layers: int
@@ -36,6 +60,17 @@ class Geometry:
     capacity: int
     blocks: int
     peers: int = 1
+    select: Selection | None = None
+    num_pages: int = 0
+
+    def phase(self, entry, step):
+        """Return how many phases are over when those before a step of an entry of the order are."""
+        scores = int(self.select is not None)
+        return entry * (5 + scores) + step + (scores if step > ATTENTION else 0)
+
+    def scored(self, entry):
+        """Return how many phases are over when pages have been scored, where layers select."""
+        return self.phase(entry, ATTENTION) + 1
 
     @property
     def rows(self) -> int:
@@ -86,7 +121,8 @@ class Geometry:
     @property
     def stages(self) -> int:
         """Units in the ring of weights; the most query heads leave room for one less beside the fewest rows."""
-        return {8: 6, 16: 5, 32: 5, 64: 4}[self.rows] - (self.rows == 8 and self.head_rows == 24)
+        less = self.rows == 8 and (self.head_rows == 24 or (self.head_rows == 16 and self.select is not None))
+        return {8: 6, 16: 5, 32: 5, 64: 4}[self.rows] - less
 
     @property
     def in_flight(self) -> int:
@@ -96,7 +132,30 @@ class Geometry:
     @property
     def feeds(self) -> int:
         """Units in the ring of activations; more query heads leave less room for them, and for weights."""
-        return {8: (8, 5, 8), 16: (8, 8, 8), 32: (5, 4, 3), 64: (4, 3, 3)}[self.rows][self.head_rows // 8 - 1]
+        fit = {8: (8, 5, 8), 16: (8, 8, 8), 32: (5, 4, 3), 64: (4, 3, 3)}
+        if self.select is not None:
+            fit = {8: (6, 8, 8), 16: (8, 8, 6), 32: (4, 3, 2), 64: (3, 3, 2)}
+        return fit[self.rows][self.head_rows // 8 - 1]
+
+    @property
+    def arrivals(self) -> int:
+        """Transfers that may bring a unit: two halves, of as many pages as fit."""
+        return 2 if self.select is None else 2 * (UNIT // self.select.page_size)
+
+    @property
+    def bounds(self) -> int:
+        """Units that hold the summaries of ``UNIT`` pages of a head."""
+        return 2 if self.select.kind == "bounds" else 1
+
+    @property
+    def score_chunks(self) -> int:
+        """Runs of ``UNIT`` pages that are scored at a time."""
+        return -(-self.num_pages // UNIT)
+
+    @property
+    def score_items(self) -> int:
+        """Pieces of scoring: one a sequence, key/value head and chunk."""
+        return self.batch * self.kv_heads * self.score_chunks
 
     @property
     def together(self) -> int:
@@ -139,4 +198,17 @@ def refuse_geometry(geometry: Geometry) -> str | None:
         return f"needs at most {MAX_GROUP} query heads for a key/value head, got {g.group}"
     if g.capacity % 8:
         return f"needs a cache capacity that is a multiple of 8, got {g.capacity}"
+    return None if g.select is None else _refuse_selection(g)
+
+
+def _refuse_selection(g: Geometry) -> str | None:
+    if g.select.page_size not in PAGE_SIZES or g.capacity < 64:
+        sizes = ", ".join(map(str, PAGE_SIZES))
+        return f"needs pages of {sizes} slots and a capacity of at least 64, got {g.select.page_size} of {g.capacity}"
+    if g.num_pages > MAX_PAGES:
+        return f"chooses from at most {MAX_PAGES} pages, got {g.num_pages}; use larger pages"
+    forced = g.select.sinks + g.select.recent
+    if g.select.pages - forced > MAX_CHOSEN or forced > MAX_FORCED:
+        got = f"{g.select.pages - forced} and {forced}"
+        return f"chooses at most {MAX_CHOSEN} pages beside at most {MAX_FORCED} that are always read, got {got}"
     return None

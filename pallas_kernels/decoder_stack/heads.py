@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decoder_stack.geometry import PHASES, UNIT
-from pallas_kernels.decoder_stack.tiles import DTYPE, F32, ROWS, TILE, keep_if
+from pallas_kernels.decoder_stack.geometry import ATTENTION, UNIT
+from pallas_kernels.decoder_stack.tiles import DTYPE, F32, ROWS, TILE, keep_if, load
 from pallas_kernels.exchange import put, take, warm
 
 EMPTY = -1e30  # score of a slot that must not be read: exp2 of its distance to any score is 0
@@ -29,7 +29,7 @@ class Attention:
         g, r = self.g, self.r
 
         def turn(turn, count):
-            at = self.grid.item(turn, self.static.window)
+            at = self.grid.item(turn, layer)
             if g.splits > 1:
                 pl.when(at.split != 0)(lambda: warm([r.split.at[at.item, i] for i in range(4)]))
             plgpu.barrier_wait(r.head_full)
@@ -64,7 +64,7 @@ class Attention:
 
         @pl.when(items == 0)
         def _():  # a block that leaves a phase before all have entered it would be counted for one that has not
-            self.grid.wait(PHASES * entry + 1, worker=True)
+            self.grid.wait(g.phase(entry, ATTENTION) if g.select is None else g.scored(entry), worker=True)
 
         return lax.fori_loop(0, items, turn, counts[0]), counts[1]
 
@@ -150,12 +150,15 @@ class Attention:
 
         @pl.when(at.split == 0)
         def _():
-            grid.wait(PHASES * entry + 1, worker=True)
+            grid.wait(g.phase(entry, ATTENTION), worker=True)
 
             @pl.when(r.writes[at.batch] > 0)
             def _():
                 for which, cache in enumerate((r.k_cache, r.v_cache)):
                     cache[layer, at.batch, r.position[at.batch], at.kv_head] = r.heads[which, at.head, g.group]
+                if g.select is not None:
+                    new = [load(r.heads, (0, at.head, g.group, pl.ds(i * 64, 64)), ROWS) for i in (0, 1)]
+                    self.summarize(layer, at.batch, at.kv_head, new)
 
             merged = state
             if g.splits > 1:

@@ -13,10 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.add_devices import add_devices
+from pallas_kernels.append_tokens import append_tokens
 from pallas_kernels.attention import decode_attention
 from pallas_kernels.decoder_stack.geometry import refuse_parts
 from pallas_kernels.layer_products import norm_gate_up, norm_project, project_add
+from pallas_kernels.page_scores import page_scores
 from pallas_kernels.partition import num_devices, sharing
+from pallas_kernels.topk_pages import topk_pages
 
 
 def refuse(**facts: Any) -> None:
@@ -47,12 +50,15 @@ def decode_layers(
     asked_M,
     fill,
     window,
+    summary_LBPKX=None,
+    select=None,
 ):
     """See :func:`pallas_kernels.decoder_stack.decode_layers`."""
-    cache = (k_LBSKH, v_LBSKH)
+    cache = (k_LBSKH, v_LBSKH, summary_LBPKX)
     kv_heads, head_dim = k_LBSKH.shape[3:]
     project = functools.partial(_project, weights, positions_B, frequencies, eps, (kv_heads, -1, head_dim))
-    store = functools.partial(_store, positions_B, live_B)
+    store = functools.partial(_store, positions_B, live_B, select)
+    attend = functools.partial(_attend, jnp.where(live_B, positions_B, -1), select, window)
 
     def going(state):
         entry, _, _, _, exited_B, _, go = state
@@ -71,11 +77,7 @@ def decode_layers(
         def run(x_BD, cache):
             q_BNH, k_BKH, v_BKH = project(x_BD, layer)
             cache = store(cache, layer, k_BKH, v_BKH)
-            k_BSKH, v_BSKH = (lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in cache)
-            o_BTNH = decode_attention(
-                q_BNH[:, None], k_BSKH, v_BSKH, jnp.where(live_B, positions_B, -1)[:, None], window=window
-            )
-            o_BF = o_BTNH.reshape(x_BD.shape[0], -1)
+            o_BF = attend(q_BNH[:, None], cache, layer).reshape(x_BD.shape[0], -1)
             y_BD = _project_add(o_BF, weights.wo, x_BD, layer)
             hidden_BF = norm_gate_up(y_BD, weights.norm_mlp, weights.w_gate_up, layer, eps=eps)
             y_BD = _project_add(hidden_BF, weights.w_down, y_BD, layer)
@@ -121,15 +123,48 @@ def _project(weights, positions_B, frequencies, eps, heads, x_BD, layer) -> tupl
     return _rotate(q_BNH, angles_BH), _rotate(k_BKH, angles_BH), v_BKH
 
 
-def _store(positions_B, live_B, cache, layer, k_BKH, v_BKH):
-    """Write the new keys and values of a layer; sequences that do not exist and full caches are left alone."""
-    batch, capacity = cache[0].shape[1:3]
+def _attend(positions_B, select, window, q_BTNH, cache, layer) -> jax.Array:
+    """Attend from the new tokens to a layer's cache, or to the pages of it that are selected; -1 reads nothing."""
+    k_LBSKH, v_LBSKH, summary_LBPKX = cache
+    layers, _, capacity = k_LBSKH.shape[:3]
+
+    def read_all() -> jax.Array:
+        k_BSKH, v_BSKH = (lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in (k_LBSKH, v_LBSKH))
+        return decode_attention(q_BTNH, k_BSKH, v_BSKH, positions_B[:, None], window=window)
+
+    def read_pages() -> jax.Array:
+        size = select.page_size
+        whole_B = jnp.clip(positions_B, 0, capacity - 1) // size
+        scores_BKP = page_scores(q_BTNH, summary_LBPKX, whole_B, layer=layer)
+        about = {"page_size": size, "sinks": select.sinks, "recent": select.recent}
+        index = topk_pages(scores_BKP, whole_B + 1, k=select.pages, **about)
+        return decode_attention(q_BTNH, k_LBSKH, v_LBSKH, positions_B[:, None], layer=layer, index=index)
+
+    if select is None or select.pages * select.page_size >= capacity or select.dense_layers >= layers:
+        return read_all()
+    if select.dense_layers == 0:
+        return read_pages()
+    return lax.cond(layer < select.dense_layers, read_all, read_pages)
+
+
+def _store(positions_B, live_B, select, cache, layer, k_BKH, v_BKH):
+    """Write the new keys and values of a layer, and with a selection the summary of the page they fall into.
+
+    Sequences that do not exist and full caches are left alone.
+    """
+    k_LBSKH, v_LBSKH, summary_LBPKX = cache
+    batch, capacity = k_LBSKH.shape[1:3]
     slots_B = jnp.where(live_B & (positions_B >= 0), positions_B, capacity)
+    if select is not None:
+        new = (part_BKH[:, None] for part_BKH in (k_BKH, v_BKH))
+        about = {"kind": select.kind, "page_size": select.page_size, "layer": layer}
+        return append_tokens(*cache, *new, slots_B[:, None], **about)
     at = (layer, jnp.arange(batch), slots_B)
-    return tuple(
+    k_LBSKH, v_LBSKH = (
         part.at[at].set(new.astype(part.dtype), mode="drop", unique_indices=True)
-        for part, new in zip(cache, (k_BKH, v_BKH), strict=True)
+        for part, new in ((k_LBSKH, k_BKH), (v_LBSKH, v_BKH))
     )
+    return k_LBSKH, v_LBSKH, summary_LBPKX
 
 
 def _cosine(x_BD, before_BD) -> jax.Array:

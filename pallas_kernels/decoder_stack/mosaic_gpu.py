@@ -28,13 +28,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decoder_stack.geometry import PHASES, UNIT, Geometry, refuse_geometry, refuse_parts
-from pallas_kernels.decoder_stack.tiles import divide, fill_tile, fill_units
+from pallas_kernels.decoder_stack.geometry import UNIT, Geometry, Selection, refuse_geometry, refuse_parts
+from pallas_kernels.decoder_stack.grid import Grid
+from pallas_kernels.decoder_stack.readers import feed, stream
 from pallas_kernels.decoder_stack.worker import Worker
 from pallas_kernels.dispatch import refuse_peers, refuse_unless_hopper
 from pallas_kernels.exchange import EMPTY_BITS, ranks
 from pallas_kernels.partition import num_parts, sharing
+from pallas_kernels.topk_pages import mosaic_gpu as topk_pages
 
+SELECTS = False  # until the choice of pages within the kernel, interpreted and compiled so far, has run on a GPU
 OUTPUTS = (
     "stream",
     "layer_input",
@@ -46,17 +49,30 @@ OUTPUTS = (
     "partial",
     "split",
     "sums",
+    "scores",
     "ended",
 )
 
 
-def refuse(*, platform: str, dtypes: set, sizes: dict, parts: dict, devices: list[int], **facts: Any) -> str | None:
+def refuse(
+    *,
+    platform: str,
+    dtypes: set,
+    sizes: dict,
+    parts: dict,
+    devices: list[int],
+    select: Selection | None = None,
+    num_pages: int | None = None,
+    **facts: Any,
+) -> str | None:
     """Return why the kernel cannot serve, or ``None``."""
     device, peers = jax.local_devices()[0], parts["heads"]
     if reason := refuse_unless_hopper(platform, getattr(device, "compute_capability", None)):
         return reason
     if dtypes != {jnp.dtype(jnp.bfloat16)}:
         return f"needs weights, states and cache in bfloat16, got {', '.join(sorted(map(str, dtypes)))}"
+    if select is not None and not SELECTS:
+        return "reads every slot, as its choice of pages has not been tried on a GPU yet"
     if reason := refuse_parts(parts, sizes):
         return reason
     if peers > 1 and (reason := refuse_peers(devices)):
@@ -64,7 +80,7 @@ def refuse(*, platform: str, dtypes: set, sizes: dict, parts: dict, devices: lis
     sizes = sizes | {"kv_heads": sizes["kv_heads"] // peers, "d_ff": sizes["d_ff"] // peers, "peers": peers}
     if sizes["batch"] % parts["batch"] == 0:
         sizes["batch"] //= parts["batch"]
-    return refuse_geometry(Geometry(**sizes, blocks=device.core_count))
+    return refuse_geometry(Geometry(**sizes, blocks=device.core_count, select=select, num_pages=num_pages or 0))
 
 
 def decode_layers(
@@ -84,6 +100,8 @@ def decode_layers(
     asked_M,
     fill,
     window,
+    summary_LBPKX=None,
+    select: Selection | None = None,
     blocks: int | None = None,
 ):
     """See :func:`pallas_kernels.decoder_stack.decode_layers`; ``blocks`` is one for each multiprocessor by default."""
@@ -100,6 +118,8 @@ def decode_layers(
         capacity=capacity,
         blocks=jax.local_devices()[0].core_count if blocks is None else blocks,
         peers=num_parts(mesh, axes) if axes else 1,
+        select=select,
+        num_pages=0 if select is None else summary_LBPKX.shape[2],
     )
     pad_rows = lambda x: jnp.pad(x.astype(jnp.int32), (0, g.rows - batch))  # noqa: E731
     numbers = {
@@ -119,6 +139,7 @@ def decode_layers(
         "threshold": jnp.reshape(jnp.float32(0) if threshold is None else threshold, (1,)).astype(jnp.float32),
         "k_cache": jax.new_ref(k_LBSKH),
         "v_cache": jax.new_ref(v_LBSKH),
+        "summary": None if select is None else jax.new_ref(summary_LBPKX),
         "inbox": jax.new_ref(jnp.full(g.inbox, EMPTY_BITS, jnp.int32)) if g.peers > 1 else None,
         **vars(weights),
     }
@@ -137,7 +158,8 @@ def decode_layers(
     results = dict(zip(OUTPUTS, kernel(*[values[name] for name in inputs]), strict=True))
     ran_B = planned_B if threshold is None else jnp.minimum(results["ended"][:batch], planned_B)
     states = (results[name].T[:batch].astype(x_BD.dtype) for name in ("stream", "layer_input"))
-    return *states, jax.freeze(values["k_cache"]), jax.freeze(values["v_cache"]), ran_B
+    cache = (None if values[name] is None else jax.freeze(values[name]) for name in ("k_cache", "v_cache", "summary"))
+    return *states, *cache, ran_B
 
 
 def build(g: Geometry, *, entries: int, **static: Any):
@@ -165,6 +187,7 @@ def build(g: Geometry, *, entries: int, **static: Any):
         "partial": shape((g.blocks, 2, 64, g.rows), f32),
         "split": shape((g.items, 4, 64, g.head_rows), f32),
         "sums": shape((3, g.padded_tiles, g.rows), f32),
+        "scores": shape((g.batch * g.kv_heads, max(1, g.score_chunks * UNIT)), f32),
         "ended": shape((g.rows,), jnp.int32),
     }
     scratch = {
@@ -177,7 +200,7 @@ def build(g: Geometry, *, entries: int, **static: Any):
         "staged_o": plgpu.SMEM((2, g.head_rows, 64), dtype),
         "flags": plgpu.SMEM((g.rows,), jnp.int32),
         "go": plgpu.SMEM((1,), jnp.int32),
-        "ring_full": plgpu.Barrier(num_arrivals=2, num_barriers=g.stages),
+        "ring_full": plgpu.Barrier(num_arrivals=g.arrivals, num_barriers=g.stages),
         "ring_free": plgpu.Barrier(num_barriers=g.stages),
         "feed_full": plgpu.Barrier(num_barriers=g.feeds),
         "feed_free": plgpu.Barrier(num_barriers=g.feeds),
@@ -187,8 +210,23 @@ def build(g: Geometry, *, entries: int, **static: Any):
     }
     if g.blocks == 1:
         scratch["phase"] = plgpu.Barrier()
+    static = SimpleNamespace(**static)
+    if (select := g.select) is not None:
+        static.choice = topk_pages.Geometry(
+            num_pages=g.score_chunks * UNIT,
+            k=select.pages,
+            sinks=select.sinks,
+            recent=select.recent,
+            warpgroup=True,
+        )
+        scratch |= {
+            "chosen": plgpu.SMEM((select.pages,), jnp.int32),
+            "choosing": plgpu.SMEM((static.choice.shared_bytes // 4,), jnp.int32),
+        }
+        if g.blocks == 1:
+            scratch["scored"] = plgpu.Barrier()
     return plgpu.kernel(
-        functools.partial(_body, g, SimpleNamespace(**static), entries),
+        functools.partial(_body, g, static, entries),
         out_type=list(outputs.values()),
         grid=(g.blocks,),
         grid_names=("block",),
@@ -205,6 +243,7 @@ INPUTS = (
     "threshold",  # float32 [1]
     "k_cache",
     "v_cache",  # [L, B, S, K, H], changed in place
+    "summary",  # [L, B, P, K, X], changed in place
     "inbox",  # int32 [out or down, sender, tile, half, 64, rows], bits of float32, from the devices that share a layer
     "norm_attn",
     "wqkv",  # [L, D, K(G+2)H]
@@ -252,236 +291,7 @@ def _body(g: Geometry, static: SimpleNamespace, entries: int, *refs, **scratch):
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     if g.peers > 1:
         static = SimpleNamespace(**vars(static), devices=ranks(static.mesh, static.axes))
-    grid = _Grid(g, r, static, block)
-    pl.when(warpgroup == 1)(lambda: _stream(g, r, static, grid, block))
-    pl.when(warpgroup == 2)(lambda: _feed(g, r, static, grid, block))
+    grid = Grid(g, r, static, block)
+    pl.when(warpgroup == 1)(lambda: stream(g, r, static, grid))
+    pl.when(warpgroup == 2)(lambda: feed(g, r, static, grid))
     pl.when(warpgroup == 0)(lambda: Worker(g, r, static, grid, block).run())
-
-
-class _Grid:
-    """Barriers over all blocks, and the division of products among them."""
-
-    def __init__(self, g, r, static, block):
-        self.g, self.r, self.block = g, r, block
-        if g.blocks > 1:
-            self.arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
-
-    def wait(self, phase, *, worker=False):
-        """Wait until every block has finished ``phase`` phases."""
-        if self.g.blocks > 1:
-            target = (phase + 1) * self.g.blocks
-            plgpu.semaphore_wait(self.arrived, target, decrement=False, memory_scope="gpu")
-        elif not worker:
-            plgpu.barrier_wait(self.r.phase)
-
-    def finish_phase(self):
-        if self.g.blocks > 1:
-            plgpu.semaphore_signal(self.arrived, 1, memory_scope="gpu")
-        else:
-            plgpu.barrier_arrive(self.r.phase)
-
-    def share(self, units):
-        """Return the first unit of this block and the one behind its last."""
-        workers = jnp.clip(units, 1, self.g.blocks)
-        index = jnp.minimum(self.block, workers)
-        return lax.div(index * units, workers), lax.div(jnp.minimum(index + 1, workers) * units, workers)
-
-    def product(self, name):
-        tiles, contraction = self.g.products[name]
-        return (*self.share(jnp.int32(tiles * contraction)), contraction)
-
-    def owners(self, tile, contraction, units):
-        """Return the first and the last block that work on a tile."""
-        workers = jnp.minimum(units, self.g.blocks)
-        first = lax.div((tile * contraction + 1) * workers - 1, units)
-        return first, lax.div((tile + 1) * contraction * workers - 1, units)
-
-    def num_items(self):
-        return jnp.maximum(0, lax.div(self.g.items - self.block + self.g.blocks - 1, self.g.blocks))
-
-    def item(self, turn, window):
-        """Return sequence, head, split, first chunk and end of the chunks of this block's item of a turn."""
-        g = self.g
-        item = self.block + turn * g.blocks
-        head, split = divide(item, g.splits)
-        batch, kv_head = divide(head, g.kv_heads)
-        older = self.r.position[batch]
-        first = 0 if window is None else lax.div(jnp.maximum(older - window + 1, 0), UNIT)
-        chunks = lax.div(older + UNIT - 1, UNIT) - first
-        splits = jnp.clip(chunks, 1, g.splits)  # those with anything to read
-        bound = lambda split: first + lax.div(jnp.minimum(split, splits) * chunks, splits)  # noqa: E731
-        return SimpleNamespace(
-            item=item, head=head, batch=batch, kv_head=kv_head, split=split, splits=splits, older=older,
-            start=bound(split), stop=bound(split + 1),
-        )  # fmt: skip
-
-
-def _stream(g, r, static, grid, block):
-    """Read weights and cache into the ring, in the order in which the worker takes them."""
-    plgpu.set_max_registers(104, action="decrease")
-
-    def await_units(arrived, wanted):
-        """Wait until ``wanted`` units have arrived, of which ``arrived`` are known to have."""
-
-        def one(number, _):
-            plgpu.barrier_wait(r.ring_full.at[lax.rem(number, g.stages)])
-            return 0
-
-        lax.fori_loop(arrived, wanted, one, 0)
-        return jnp.maximum(arrived, wanted)
-
-    def put(counts, halves, first):
-        """Ask for a unit of a phase, whose first was the ``first`` of all, once few enough are on their way."""
-        count, arrived = counts
-        slot = lax.rem(count, g.stages)
-        plgpu.barrier_wait(r.ring_free.at[slot])
-        arrived = await_units(arrived, count + 1 - jnp.where(count < first + g.stages, 1, g.in_flight))
-        for i, half in enumerate(halves):
-            plgpu.copy_gmem_to_smem(half, r.ring.at[slot, i], r.ring_full.at[slot])
-        return count + 1, arrived
-
-    def source(name, layer, unit):
-        tile, k = divide(unit, g.products[name][1])
-        rows = pl.ds(k * UNIT, UNIT)
-        if name == "gate_up":
-            return [r.w_gate_up.at[layer, i, rows, pl.ds(tile * 64, 64)] for i in (0, 1)]
-        weights = {"qkv": r.wqkv, "out": r.wo, "down": r.w_down}[name]
-        return [weights.at[layer, rows, pl.ds(tile * 128 + i * 64, 64)] for i in (0, 1)]
-
-    def units(name, entry, first, stop, counts):
-        phase = counts[0] - (first - grid.product(name)[0])
-
-        def unit(u, counts):
-            return put(counts, source(name, r.order[entry], u), phase)
-
-        return lax.fori_loop(first, stop, unit, counts)
-
-    def attention(entry, counts):
-        phase = counts[0]
-
-        def turn(turn, counts):
-            at = grid.item(turn, static.window)
-
-            def chunk(c, counts):
-                for cache in (r.k_cache, r.v_cache):
-                    slots = cache.at[r.order[entry], at.batch, pl.ds(c * UNIT, UNIT), at.kv_head]
-                    counts = put(counts, [slots.at[:, pl.ds(i * 64, 64)] for i in (0, 1)], phase)
-                return counts
-
-            return lax.fori_loop(at.start, at.stop, chunk, counts)
-
-        return lax.fori_loop(0, grid.num_items(), turn, counts)
-
-    def rest(entry, counts, qkv_from):
-        counts = units("qkv", entry, qkv_from, grid.product("qkv")[1], counts)
-        counts = attention(entry, counts)
-        for name in ("out", "gate_up", "down"):
-            first, stop, _ = grid.product(name)
-            counts = units(name, entry, first, stop, counts)
-        return counts
-
-    def before_decision(entry, counts):
-        first, stop, _ = grid.product("qkv")
-        early = jnp.minimum(stop, first + g.stages)
-        return units("qkv", entry, first, early, counts), early
-
-    counts = (jnp.int32(0), jnp.int32(0))  # units asked for, and units known to have arrived
-    counts, ran, _ = _layers(r, static, counts, rest, before_decision, lambda: grid.product("qkv")[0])
-    if static.fill:
-        phase = counts[0]
-
-        def unit(u, counts):
-            tile, k = divide(u, g.d_model // UNIT)
-            entry, kv_head, which = fill_tile(g, tile)
-            column = kv_head * (g.group + 2) + g.group + which
-            at = r.wqkv.at[r.order[ran + entry], pl.ds(k * UNIT, UNIT)]
-            return put(counts, [at.at[:, pl.ds(column * 128 + i * 64, 64)] for i in (0, 1)], phase)
-
-        counts = lax.fori_loop(*grid.share(fill_units(g, r, ran)), unit, counts)
-    count, arrived = counts
-    for i in range(g.stages):
-        plgpu.barrier_wait(r.ring_free.at[lax.rem(count + i, g.stages)])
-    await_units(arrived, count)
-
-
-def _feed(g, r, static, grid, block):
-    """Read activations as soon as all blocks have written them."""
-    plgpu.set_max_registers(104, action="decrease")
-
-    def units(source, first, stop, contraction, count, entry_of=None):
-        def unit(u, count):
-            tile, k = divide(u, contraction)
-            slot = lax.rem(count, g.feeds)
-            plgpu.barrier_wait(r.feed_free.at[slot])
-            ref = source if entry_of is None else source.at[entry_of(tile)]
-            plgpu.copy_gmem_to_smem(ref.at[:, pl.ds(k * UNIT, UNIT)], r.feed.at[slot], r.feed_full.at[slot])
-            return count + 1
-
-        return lax.fori_loop(first, stop, unit, count)
-
-    def qkv(first, stop, count):
-        return units(r.norm_input, first, stop, g.products["qkv"][1], count)
-
-    def before_decision(entry, count):
-        grid.wait(PHASES * entry)
-        first, stop, _ = grid.product("qkv")
-        early = jnp.minimum(stop, first + g.feeds)
-        return qkv(first, early, count), early
-
-    def layer(entry, count, qkv_from):
-        if not static.rule:
-            grid.wait(PHASES * entry)
-        count = qkv(qkv_from, grid.product("qkv")[1], count)
-        grid.wait(PHASES * entry + 1)
-
-        def turn(turn, _):
-            at = grid.item(turn, static.window)
-            plgpu.barrier_wait(r.head_free)
-            for which, new in enumerate((r.new_k, r.new_v)):
-                for i in (0, 1):
-                    source = r.heads.at[which, at.head, :, pl.ds(i * 64, 64)]
-                    plgpu.copy_gmem_to_smem(source, new.at[i], r.head_full)
-            return 0
-
-        lax.fori_loop(0, grid.num_items(), turn, 0)
-        for phase, (name, source) in enumerate(
-            (("out", r.attended), ("gate_up", r.norm_input), ("down", r.hidden)), start=2
-        ):
-            grid.wait(PHASES * entry + phase)
-            count = units(source, *grid.product(name), count)
-        return count
-
-    count, ran, going = _layers(r, static, jnp.int32(0), layer, before_decision, lambda: grid.product("qkv")[0])
-    if static.fill:
-        pl.when(going > 0)(lambda: grid.wait(PHASES * ran))  # the states; a rule that ended the layers has waited
-        grid.wait(PHASES * ran + 1)  # their normalised forms
-        first, stop = grid.share(fill_units(g, r, ran))
-        entry_of = lambda tile: ran + fill_tile(g, tile)[0]  # noqa: E731
-        count = units(r.fill_input, first, stop, g.d_model // UNIT, count, entry_of)
-    for i in range(g.feeds):
-        plgpu.barrier_wait(r.feed_free.at[lax.rem(count + i, g.feeds)])
-    plgpu.barrier_wait(r.head_free)
-    if g.blocks == 1 and not static.fill:
-        pl.when(going > 0)(lambda: plgpu.barrier_wait(r.phase))
-
-
-def _layers(r, static, count, layer, before_decision, first):
-    """Run ``layer`` for every entry of the order until the rule ends it.
-
-    Returns the count, the entries that ran, and 0 if the rule ended them.
-    """
-    total = r.count[0]
-    if not static.rule:
-        return lax.fori_loop(0, total, lambda entry, count: layer(entry, count, first()), count), total, jnp.int32(1)
-
-    def body(state):
-        entry, count, _ = state
-        count, begun = before_decision(entry, count)
-        plgpu.barrier_wait(r.decided)
-        go = r.go[0]
-        count = lax.cond(go > 0, lambda count: layer(entry, count, begun), lambda count: count, count)
-        return entry + go, count, go
-
-    going = lambda state: (state[0] < total) & (state[2] > 0)  # noqa: E731
-    entry, count, go = lax.while_loop(going, body, (jnp.int32(0), count, jnp.int32(1)))
-    return count, entry, go

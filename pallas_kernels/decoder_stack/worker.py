@@ -7,8 +7,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decoder_stack.geometry import PHASES, UNIT
+from pallas_kernels.decoder_stack.geometry import DOWN, GATE_UP, OUT, QKV, UNIT
 from pallas_kernels.decoder_stack.heads import Attention
+from pallas_kernels.decoder_stack.pages import Pages
 from pallas_kernels.decoder_stack.tiles import (
     DOT,
     DTYPE,
@@ -26,7 +27,7 @@ from pallas_kernels.decoder_stack.tiles import (
 from pallas_kernels.exchange import empty, put, send, take, warm
 
 
-class Worker(Attention):
+class Worker(Attention, Pages):
     """Multiply, attend, and finish tiles."""
 
     def __init__(self, g, r, static, grid, block):
@@ -51,7 +52,7 @@ class Worker(Attention):
             ran = r.count[0]
 
             def planned_layer(entry, counts):
-                self.grid.wait(PHASES * entry, worker=True)
+                self.grid.wait(self.g.phase(entry, QKV), worker=True)
                 return self.layer(entry, counts, (load(r.planned, (), ROWS) <= entry).astype(jnp.int32))
 
             counts = lax.fori_loop(0, ran, planned_layer, counts)
@@ -105,7 +106,7 @@ class Worker(Attention):
         """
         g, r = self.g, self.r
         entry, counts, exited, ended, before, _ = state
-        self.grid.wait(PHASES * entry, worker=True)
+        self.grid.wait(self.g.phase(entry, QKV), worker=True)
         squares = self.total(INPUT)
         norm = jnp.sqrt(squares * before)
         cosine = jnp.minimum(self.total(DOT) / jnp.maximum(norm, 1e-30), 1.0)
@@ -145,15 +146,18 @@ class Worker(Attention):
         layer = self.r.order[entry]
         counts = self.product("qkv", entry, counts, None, self.begin_heads, self.finish_qkv)
         self.grid.finish_phase()
+        if self.g.select is not None:
+            counts = self.score_pages(entry, layer, counts)
+            self.grid.finish_phase(scores=True)
         counts = self.attention(entry, layer, counts)
         self.grid.finish_phase()
-        self.grid.wait(PHASES * entry + 2, worker=True)
+        self.grid.wait(self.g.phase(entry, OUT), worker=True)
         counts = self.product("out", entry, counts, exited, self.begin_residual, self.finish_out)
         self.grid.finish_phase()
-        self.grid.wait(PHASES * entry + 3, worker=True)
+        self.grid.wait(self.g.phase(entry, GATE_UP), worker=True)
         counts = self.product("gate_up", entry, counts, None, self.begin_gate_up, self.finish_gate_up)
         self.grid.finish_phase()
-        self.grid.wait(PHASES * entry + 4, worker=True)
+        self.grid.wait(self.g.phase(entry, DOWN), worker=True)
         counts = self.product("down", entry, counts, exited, self.begin_residual, self.finish_down)
         self.grid.finish_phase()
         return counts
@@ -385,7 +389,7 @@ class Worker(Attention):
     def fill(self, ran, counts):
         """Store the keys and values that the layers behind the last one would project from the final states."""
         g, r = self.g, self.r
-        self.grid.wait(PHASES * ran, worker=True)
+        self.grid.wait(g.phase(ran, QKV), worker=True)
         tasks = (r.count[1] - ran) * g.tiles
 
         def normalise(task, _):
@@ -421,6 +425,13 @@ class Worker(Attention):
                     slot = cache.at[layer, b, r.position[b], kv_head]
                     for i in (0, 1):
                         plgpu.copy_smem_to_gmem(r.staged.at[i, b], slot.at[pl.ds(i * 64, 64)])
+
+            if g.select is not None:
+
+                @pl.when((which == 0) & (r.writes[b] > 0))
+                def _():
+                    plgpu.wait_smem_to_gmem(0)  # the new key, among those that are read
+                    self.summarize(layer, b, kv_head, [load(r.staged, (i, b), ROWS) for i in (0, 1)])
 
             return 0
 

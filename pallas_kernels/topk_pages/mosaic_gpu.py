@@ -11,7 +11,9 @@ the ``need`` highest codes.
 3. A bisection over the gathered codes, again one vote a step, ends when just ``need`` of them are left.
 4. These set bits of a map of all pages, whose running sums say where each page is written.
 
-Steps 1 and 2 are left out where a block has a thread for every page.
+Steps 1 and 2 are left out where there is a thread for every page.
+
+:func:`choose_in_warpgroup` does the same within another kernel, by one warpgroup of a block.
 """
 
 import functools
@@ -28,6 +30,7 @@ from pallas_kernels.topk_pages import thread as t
 
 MOST_PAGES = 65536
 MOST_CHOSEN = 512  # half of the threads of a block, so that enough of their maxima are above a bound
+WARPGROUP = 128  # threads
 PAGE_BITS, LAST_PAGE = 16, 0xFFFF
 VECTORS = 4  # of four scores, that a thread loads at once
 SIGN = 0x80000000
@@ -39,17 +42,21 @@ PARTS = 32  # warps of a block at most
 class Geometry:
     """One call, and where things lie in shared memory, in bytes.
 
+    ``need``, the pages to find between sinks and recent ones, must not exceed the threads. Above half of them, or where
+    fewer threads than that have a finite score, the bisection that counts all codes is the rule: up to 48 passes.
+
     Args:
-        rows: sequences times key/value heads.
-        need: pages to find between sinks and recent ones.
+        rows: sequences times key/value heads; of no meaning where a warpgroup takes a row, nor are ``heads``.
+        warpgroup: whether one warpgroup of a block takes a row, in :func:`choose_in_warpgroup`, and not a whole block.
     """
 
-    rows: int
-    heads: int
+    rows: int = 1
+    heads: int = 1
     num_pages: int
     k: int
     sinks: int
     recent: int
+    warpgroup: bool = False
 
     @property
     def need(self) -> int:
@@ -57,7 +64,9 @@ class Geometry:
 
     @property
     def threads(self) -> int:
-        """Threads of a block: one a page, or few enough that barriers are quick and enough that a row is read fast."""
+        """Threads of a row: one a page, or few enough that barriers are quick and enough that a row is read fast."""
+        if self.warpgroup:
+            return WARPGROUP
         if self.num_pages <= 512 or (self.num_pages <= 1024 and self.k > 128):
             return -(-self.num_pages // 128) * 128
         return 512 if self.num_pages <= 2048 and self.k <= 128 else 1024
@@ -79,7 +88,7 @@ class Geometry:
 
     @property
     def chunk(self) -> int:
-        """Scores that a block loads at once."""
+        """Scores that the threads load at once."""
         return 4 * self.threads * self.vectors
 
     @property
@@ -148,33 +157,74 @@ def _body(g, *refs):
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
     def choose(ctx, *refs):
         del ctx
-        _Row(g, *map(t.address, refs)).choose()
+        scores, num_pages, counts, pages, shared = map(t.address, refs)
+        threads, row = t.Block(), t.block_index()
+        live = t.load_word(num_pages + t.wide(row // g.heads) * 4)
+        counts, pages = counts + t.wide(row) * 4, pages + t.wide(row) * (4 * g.k)
+        _Row(g, threads, row, live, scores, pages, shared).choose(counts)
 
     choose(*refs)
 
 
-class _Row:
-    """What one thread does for its block's row."""
+def choose_in_warpgroup(geometry: Geometry, scores, row, live, pages, shared) -> None:
+    """Write the best pages of one row, as :func:`topk_pages` does; within a kernel, by all threads of one warpgroup.
 
-    def __init__(self, g: Geometry, scores, num_pages, counts, pages, shared):
-        self.g, self.shared = g, shared
-        self.thread, row = t.thread_index(), t.block_index()
+    The other warpgroups of the block may do anything but this meanwhile. It begins and ends with a barrier of this one,
+    so that all threads may read the pages when it returns, and call it again when they have. Scores that the kernel
+    writes must be visible to one of the threads before: it has waited for them, say.
+
+    Args:
+        geometry: of ``warpgroup=True``.
+        scores: float32 [rows, num_pages] of global memory, aligned to 16 bytes; those beyond ``live`` are ignored.
+        row: int32, the same in all threads, as is ``live``.
+        live: pages in use, the last one perhaps in part; of more than ``num_pages`` that many count.
+        pages: int32 [k or more] of shared memory for ``min(k, live)`` pages in ascending order, undefined from there
+            to ``k``.
+        shared: int32 [``geometry.shared_bytes // 4`` or more] of shared memory to work in, aligned to 8 bytes.
+    """
+    g = geometry
+    if not g.warpgroup or g.need > g.threads or g.num_pages > MOST_PAGES:
+        raise ValueError(f"expected {WARPGROUP} pages to find at most, of {MOST_PAGES}, by a warpgroup, got {g}")
+    words = g.shared_bytes // 4
+    if scores.shape[-1] != g.num_pages or pages.shape[0] < g.k or shared.shape[0] < words:
+        shapes = [ref.shape for ref in (scores, pages, shared)]
+        raise ValueError(f"expected scores [rows, {g.num_pages}], pages [{g.k}] and shared [{words}], got {shapes}")
+    scalar, ref = plgpu.Layout.WG_SPLAT(()), plgpu.RefType()
+
+    @plgpu.inline_mgpu(arg_types=(ref, scalar, scalar, ref, ref))
+    def choose(ctx, scores, row, live, pages, shared):
+        del ctx
+        scores, pages, shared = map(t.address, (scores, pages, shared))
+        row, live = (t.Word(number.registers.item()) for number in (row, live))
+        threads = t.Warpgroup()
+        threads.barrier()
+        _Row(g, threads, row, live, scores, pages, shared).choose()
+        threads.barrier()
+
+    choose(scores, row, live, pages, shared)
+
+
+class _Row:
+    """What one thread does for a row; ``pages`` is where they go, in shared memory if a warpgroup does this."""
+
+    def __init__(self, g: Geometry, threads: t.Block, row, live, scores, pages, shared):
+        self.g, self.threads, self.pages, self.shared = g, threads, pages, shared
+        self.thread = threads.index
         self.lane, self.warp = self.thread & 31, self.thread >> 5
         first = t.wide(row) * g.num_pages
         self.shift = t.narrow(first) & 3  # scores before the row in its first aligned vector
         self.scores = scores + first * 4
         self.aligned = scores + (first - t.wide(self.shift)) * 4
-        self.counts = counts + t.wide(row) * 4
-        self.pages = pages + t.wide(row) * (4 * g.k)
-        found = t.load_word(num_pages + t.wide(row // g.heads) * 4)
-        found = t.where(found >= SIGN, 0, found)
-        self.live = t.where(found < g.num_pages, found, g.num_pages)
+        live = t.where(live >= SIGN, 0, live)
+        self.live = t.where(live < g.num_pages, live, g.num_pages)
 
-    def choose(self):
+    def choose(self, counts=None):
+        """Write the pages, and how many there are to ``counts``."""
         g, live = self.g, self.live
         self.early = self._load_early()
         few = live <= g.k
-        t.store_word(self.counts, t.where(few, live, g.k), self.thread < 1)
+        if counts is not None:
+            t.store_word(counts, t.where(few, live, g.k), self.thread < 1)
         t.branch(few, self._take_all, self._take_best)
 
     def _load_early(self):
@@ -182,7 +232,7 @@ class _Row:
         g = self.g
         if g.few:
             page = self.thread + g.sinks
-            return t.load_word(self.scores + t.wide(page) * 4, page < g.num_pages)
+            return self._load_score(page, page < g.num_pages)
         return self._load(t.word(0)) if g.chunk >= g.reach else None
 
     def _take_all(self):
@@ -214,7 +264,7 @@ class _Row:
         """Return a code for every page, one a thread, and bounds of the search."""
         mine = self.thread < self.size
         page = self.thread + self.g.sinks
-        key = _key(self.early if self.g.few else t.load_word(self.scores + t.wide(page) * 4, mine))
+        key = _key(self.early if self.g.few else self._load_score(page, mine))
         low, high = self._range(t.where(mine, key, 0), t.where(mine, key, HIGHEST))
         return t.where(mine, _code(key, page), t.wide(t.word(0))), _code_bound(low), _code_bound(high + 1)
 
@@ -233,12 +283,12 @@ class _Row:
         known = key > LOWEST
         low, high = self._range(key, t.where(known, key, HIGHEST))
         low, high = t.where(low > LOWEST, low, LOWEST + 1), high + 1
-        start = t.vote(key >= low)
+        start = self.threads.vote(key >= low)
         enough = max(g.need + g.need // 8, g.threads // 4)
 
         def halve(low, high, count):
             middle = low + ((high - low) >> 1)
-            reached = t.vote(key >= middle)
+            reached = self.threads.vote(key >= middle)
             ok = reached >= g.need
             return [t.where(ok, middle, low), t.where(ok, high, middle), t.where(ok, reached, count)]
 
@@ -299,7 +349,7 @@ class _Row:
             return []
 
         self._each_chunk(update, [], cached)
-        t.barrier()
+        self.threads.barrier()
         return t.load_shared(counter)
 
     def _bisect(self, code, low, high):
@@ -308,7 +358,7 @@ class _Row:
 
         def halve(low, high, count):
             middle = low + ((high - low) >> 1)
-            reached = t.vote(code >= middle)
+            reached = self.threads.vote(code >= middle)
             ok = reached >= need
             return [t.where(ok, middle, low), t.where(ok, high, middle), t.where(ok, reached, count)]
 
@@ -323,7 +373,7 @@ class _Row:
         page = t.where(chosen, (t.narrow(code) & LAST_PAGE) ^ LAST_PAGE, 0)
         word, bit = page >> 5, t.word(1) << (page & 31)
         t.set_bits_shared(shared + g.map_at + word * 4, bit, chosen)
-        t.barrier()
+        self.threads.barrier()
         each = -(-g.words // g.threads)
         places = [self.thread * each + i for i in range(each)]
         ones = []
@@ -334,16 +384,19 @@ class _Row:
         mine = functools.reduce(lambda a, b: a + b, ones)
         sums = t.warp_sums(mine, self.lane)
         t.store_shared(self._part(3, self.warp), [sums], self.lane >= 31)
-        t.barrier()
+        self.threads.barrier()
         before = t.where(self.lane < self.warp, t.load_shared(self._part(3, self.lane)), 0)
         running = t.warp_reduce("add", before) + sums - mine
         for place, found in zip(places, ones, strict=True):
             t.store_shared(shared + g.sums_at + place * 4, [running], place < g.words)
             running = running + found
-        t.barrier()
+        self.threads.barrier()
         rank = t.load_shared(shared + g.sums_at + word * 4)
         rank = rank + t.count_ones(t.load_shared(shared + g.map_at + word * 4) & (bit - 1))
         self._write(rank + g.sinks, page, chosen)
+
+    def _load_score(self, page, condition):
+        return t.load_word(self.scores + t.wide(page) * 4, condition, written=self.g.warpgroup)
 
     def _load(self, chunk):
         """Return this thread's vectors of a chunk, each with the page of its first score."""
@@ -352,7 +405,7 @@ class _Row:
         for i in range(g.vectors):
             at = chunk * g.chunk + (self.thread + i * g.threads) * 4
             # The last vector may reach up to 12 bytes beyond the row, within the 16 that hold its last score.
-            bits = t.load_four(self.aligned + t.wide(at) * 4, at < self.shift + g.num_pages)
+            bits = t.load_four(self.aligned + t.wide(at) * 4, at < self.shift + g.num_pages, written=g.warpgroup)
             found.append((at - self.shift, bits))
         return found
 
@@ -388,15 +441,15 @@ class _Row:
         warps = self.lane < self.g.threads // 32
         for kind, number, part in (("max", high, 0), ("min", low, 1)):
             t.store_shared(self._part(part, self.warp), [t.warp_reduce(kind, number)], self.lane < 1)
-        t.barrier()
+        self.threads.barrier()
         high, low = (t.load_shared(self._part(part, self.lane)) for part in (0, 1))
         return t.warp_reduce("min", t.where(warps, low, HIGHEST)), t.warp_reduce("max", t.where(warps, high, 0))
 
     def _sum(self, number):
         """Return the sum of all threads' numbers."""
-        t.barrier()
+        self.threads.barrier()
         t.store_shared(self._part(2, self.warp), [t.warp_reduce("add", number)], self.lane < 1)
-        t.barrier()
+        self.threads.barrier()
         found = t.load_shared(self._part(2, self.lane))
         return t.warp_reduce("add", t.where(self.lane < self.g.threads // 32, found, 0))
 
@@ -407,7 +460,10 @@ class _Row:
         return [self.thread + i * self.g.threads for i in range(-(-count // self.g.threads))]
 
     def _write(self, place, page, condition):
-        t.store_word(self.pages + t.wide(place) * 4, page, condition)
+        if self.g.warpgroup:
+            t.store_shared(self.pages + place * 4, [page], condition)
+        else:
+            t.store_word(self.pages + t.wide(place) * 4, page, condition)
 
 
 def _key(bits):

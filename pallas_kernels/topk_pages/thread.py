@@ -1,8 +1,9 @@
 """The code of one thread of a Hopper block: unsigned integers, branches, loops, and instructions that Pallas lacks.
 
 Used inside ``plgpu.inline_mgpu``. A :class:`Word` is an unsigned integer of 1, 32 or 64 bits in a register; operators
-take another of the same width or a Python int. Branches and loops must be taken alike by all threads of a block if they
-hold a barrier, a vote, a sum or a shuffle. Memory is addressed in bytes: global memory by 64 bits, shared by 32.
+take another of the same width or a Python int. Threads that work together are a :class:`Block`, or one
+:class:`Warpgroup` of it: branches and loops must be taken alike by all of them if they hold a barrier, a vote, a sum or
+a shuffle. Memory is addressed in bytes: global memory by 64 bits, shared by 32.
 """
 
 from collections.abc import Callable, Sequence
@@ -117,9 +118,32 @@ def loop(condition: Callable[..., Word], body: Callable[..., Sequence[Word]], st
     return list(map(Word, operation.results))
 
 
-def thread_index() -> Word:
-    """Return this thread's number in its block."""
-    return _instruction("mov.u32 $0, %tid.x;")
+class Block:
+    """All threads of a block; :attr:`index` is this one's number among them."""
+
+    _barrier = "0"
+
+    def __init__(self):
+        self.index = _instruction("mov.u32 $0, %tid.x;")
+
+    def barrier(self) -> None:
+        """Wait for all of the threads; what they stored in shared memory is then seen."""
+        _instruction(f"bar.sync {self._barrier};", width=None)
+
+    def vote(self, condition: Word) -> Word:
+        """Return in how many of the threads a condition holds; a barrier."""
+        return _instruction(f"bar.red.popc.u32 $0, {self._barrier}, $1;", condition)
+
+
+class Warpgroup(Block):
+    """The 128 threads of one warpgroup of a block, whose other warpgroups must not use this class at the same time."""
+
+    # Of the 16 hardware barriers of a block Mosaic GPU takes 0 for all threads and 1 to 8 for its warpgroups.
+    _barrier = "15, 128"
+
+    def __init__(self):
+        super().__init__()
+        self.index = self.index & 127
 
 
 def block_index() -> Word:
@@ -134,17 +158,21 @@ def address(ref: ir.Value) -> Word:
     return _instruction(f"mov.b{32 if shared else 64} $0, $1;", pointer, width=32 if shared else 64)
 
 
-def load_word(at: Word, condition: Word | None = None) -> Word:
-    """Load 32 bits of global memory that the kernel does not write, or NaN where the condition does not hold."""
+def load_word(at: Word, condition: Word | None = None, *, written: bool = False) -> Word:
+    """Load 32 bits of global memory, or NaN where the condition does not hold.
+
+    ``written`` says that the kernel also writes there, in any of its blocks.
+    """
+    load = _load_global(written)
     if condition is None:
-        return _instruction("ld.global.nc.b32 $0, [$1];", at)
-    return _instruction(f"mov.b32 $0, {NAN_BITS}; @$2 ld.global.nc.b32 $0, [$1];", at, condition)
+        return _instruction(f"{load}.b32 $0, [$1];", at)
+    return _instruction(f"mov.b32 $0, {NAN_BITS}; @$2 {load}.b32 $0, [$1];", at, condition)
 
 
-def load_four(at: Word, condition: Word) -> list[Word]:
-    """Load 16 aligned bytes of global memory that the kernel does not write, or four NaN."""
+def load_four(at: Word, condition: Word, *, written: bool = False) -> list[Word]:
+    """Load 16 aligned bytes of global memory, or four NaN; ``written`` as in :func:`load_word`."""
     text = "".join(f"mov.b32 ${i}, {NAN_BITS}; " for i in range(4))
-    text += "@$5 ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];"
+    text += f"@$5 {_load_global(written)}.v4.b32 {{$0, $1, $2, $3}}, [$4];"
     results = mgpu.utils.inline_ptx(
         text, at.value, condition.value, result_types=[_bits(32)] * 4, has_side_effects=True
     )
@@ -175,16 +203,6 @@ def set_bits_shared(at: Word, bits: Word, condition: Word) -> None:
 def add_shared(at: Word, number: Word, condition: Word) -> Word:
     """Add to a word of shared memory where the condition holds, atomically, and return what it was; else 0."""
     return _instruction("mov.b32 $0, 0; @$3 atom.shared.add.u32 $0, [$1], $2;", at, number, condition)
-
-
-def barrier() -> None:
-    """Wait for all threads of the block; what they stored in shared memory is then seen."""
-    _instruction("bar.sync 0;", width=None)
-
-
-def vote(condition: Word) -> Word:
-    """Return in how many threads of the block a condition holds; a barrier."""
-    return _instruction("bar.red.popc.u32 $0, 0, $1;", condition)
 
 
 def warp_reduce(kind: str, number: Word) -> Word:
@@ -219,6 +237,11 @@ def float_at_least(a: Word, b: Word) -> Word:
     """Return whether the float32 of some bits is at least another's; false for NaN."""
     numbers = (arith.bitcast(ir.F32Type.get(), each.value) for each in (a, b))
     return Word(arith.cmpf(arith.CmpFPredicate.OGE, *numbers))
+
+
+def _load_global(written: bool) -> str:
+    # A relaxed load passes by the cache of this multiprocessor, which may hold what was there before.
+    return "ld.relaxed.gpu.global" if written else "ld.global.nc"
 
 
 def _instruction(text, *operands, width: int | None = 32):

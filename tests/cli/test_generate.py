@@ -48,9 +48,17 @@ def test_a_mesh_changes_no_text(folder, capsys):
     assert generate(folder, capsys, *asked, "--stacked")[1] == want
 
 
+def test_stacked_layers_select(folder, capsys):
+    asked = ["--prompt", PROMPT, "--plan", "select_quest"]
+    for change in ("scorer.page_size=2", "sinks=2", "recent=2", "budget=8"):
+        asked += ["--set", f"select.{change}"]
+    want, got = generate(folder, capsys, *asked), generate(folder, capsys, *asked, "--stacked")
+    assert got[:2] == want[:2] and got[0] == 0
+
+
 def test_a_plan_that_stacked_layers_cannot_run_is_one_line(folder, capsys):
-    status, _, err = generate(folder, capsys, "--prompt", PROMPT, "--plan", "select_quest", "--stacked")
-    assert status != 0 and "stacked layers read every slot" in err and "drop --stacked" in err and err.count("\n") == 1
+    status, _, err = generate(folder, capsys, "--prompt", PROMPT, "--plan", "select_shared", "--stacked")
+    assert status != 0 and "which share=2 does not; drop --stacked" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

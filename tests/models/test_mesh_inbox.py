@@ -114,7 +114,7 @@ def test_a_step_lowers_to_two_kernels_a_layer(lowered, prompts, plan):
 
 @needs_mosaic
 def test_layers_taken_from_a_stack_have_the_inbox_too(lowered, prompts):
-    step = lambda model, state: decode_step(model, state, PLANS["selects"])  # noqa: E731
+    step = lambda model, state: decode_step(model, state, PLANS["selects"], driver="unrolled")  # noqa: E731
     assert lowered(step, lambda model: start(model, prompts, PLANS["selects"]), stack_for_decoding) == 2 * L
 
 

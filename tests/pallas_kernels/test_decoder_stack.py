@@ -87,9 +87,11 @@ def run(case, rng, order, planned, *, kernel=None, threshold=None, window=None, 
         "window": window,
     }
     if kernel is not None:
-        got = kernel(
+        *got, no_summaries, ran = kernel(
             x, weights, k, v, positions, asked_M=jnp.ones(len(order), bool), length=jnp.int32(len(order)), **options
         )
+        assert no_summaries is None
+        got = (*got, ran)
     else:
         decoded = decode_layers(x, weights, k, v, positions, implementation="loop", **options)
         got = (decoded.x_BD, decoded.before_BD, decoded.k_LBSKH, decoded.v_LBSKH, decoded.ran_B)

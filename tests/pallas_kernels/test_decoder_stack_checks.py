@@ -15,7 +15,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 
 from pallas_kernels import decoder_stack
 from pallas_kernels.decoder_stack import DecoderWeights, decode_layers, explain_decode, mosaic_gpu
-from pallas_kernels.decoder_stack.geometry import Geometry, refuse_geometry
+from pallas_kernels.decoder_stack.geometry import Geometry, Selection, refuse_geometry
+from pallas_kernels.decoder_stack.grid import Grid
 from pallas_kernels.dispatch import MOSAIC_GPU_JAX
 from pallas_kernels.partition import partitioned
 
@@ -117,7 +118,7 @@ def llama_8b(batch, **changes):
 def test_units_are_dealt_to_blocks_without_gaps(units):
     geometry, contraction = llama_8b(1), 32
     grids = [SimpleNamespace(g=geometry, block=block) for block in range(geometry.blocks)]
-    shares = [tuple(map(int, mosaic_gpu._Grid.share(grid, jnp.int32(units)))) for grid in grids]
+    shares = [tuple(map(int, Grid.share(grid, jnp.int32(units)))) for grid in grids]
     if not units:
         assert all(first == stop for first, stop in shares)
         return
@@ -127,7 +128,7 @@ def test_units_are_dealt_to_blocks_without_gaps(units):
     for tile in range(units // contraction):
         begin, end = tile * contraction, (tile + 1) * contraction
         working = [block for block, (first, stop) in enumerate(shares) if first < end and stop > begin]
-        found = mosaic_gpu._Grid.owners(grids[0], jnp.int32(tile), contraction, jnp.int32(units))
+        found = Grid.owners(grids[0], jnp.int32(tile), contraction, jnp.int32(units))
         assert tuple(map(int, found)) == (working[0], working[-1])
 
 
@@ -152,6 +153,23 @@ def test_what_the_kernel_cannot_serve_has_a_reason(changes, message):
     assert refuse_geometry(llama_8b(64)) is None and refuse_geometry(dataclasses.replace(llama_8b(1), group=23)) is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "num_pages", "message"),
+    [
+        ({}, 32, None),
+        ({"page_size": 48}, 48, "pages of 16, 32, 64, 128 slots"),
+        ({}, 8200, "at most 8192 pages, got 8200; use larger pages"),
+        ({"pages": 120}, 1024, "at most 112 pages beside at most 16 that are always read, got 117 and 3"),
+        ({"pages": 115}, 1024, None),
+        ({"sinks": 16}, 1024, "got 15 and 17"),
+    ],
+)
+def test_what_the_kernel_cannot_select_has_a_reason(changes, num_pages, message):
+    select = Selection(**{"kind": "bounds", "page_size": 64, "pages": 32, "sinks": 2, "recent": 1} | changes)
+    found = refuse_geometry(llama_8b(1, select=select, num_pages=num_pages))
+    assert found is None if message is None else message in found
+
+
 def test_dispatch_names_a_reason_away_from_a_gpu():
     sizes = {"d_model": 256, "d_ff": 256, "kv_heads": 1, "group": 1, "head_dim": 128, "batch": 1, "capacity": 8}
     reasons = dict(explain_decode(**sizes, dtype="bfloat16"))
@@ -160,16 +178,18 @@ def test_dispatch_names_a_reason_away_from_a_gpu():
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("batch", "axes"),
+    ("batch", "axes", "select"),
     [
-        pytest.param(8, {}, marks=pytest.mark.slow),
-        pytest.param(64, {}, marks=pytest.mark.slow),
-        (8, {"data": 2, "tensor": 2}),
-        pytest.param(8, {"tensor": 8}, marks=pytest.mark.slow),
+        pytest.param(8, {}, None, marks=pytest.mark.slow),
+        pytest.param(64, {}, None, marks=pytest.mark.slow),
+        pytest.param(8, {}, Selection(kind="mean", page_size=128, pages=4), marks=pytest.mark.slow),
+        pytest.param(8, {"data": 2, "tensor": 2}, None, marks=pytest.mark.slow),
+        (8, {"data": 2, "tensor": 2}, Selection(kind="bounds", page_size=16, pages=32, dense_layers=2)),
+        pytest.param(8, {"tensor": 8}, None, marks=pytest.mark.slow),
     ],
-    ids=["8", "64", "2x2", "1x8"],
+    ids=["8", "64", "8-select", "2x2", "2x2-select", "1x8"],
 )
-def test_the_kernel_lowers_for_hopper_gpus(monkeypatch, batch, axes):
+def test_the_kernel_lowers_for_hopper_gpus(monkeypatch, batch, axes, select):
     """Shared memory, layouts and transfers are checked while lowering; the machine code is not."""
     dtype, shape = jnp.bfloat16, jax.ShapeDtypeStruct
     weights = DecoderWeights(
@@ -181,7 +201,10 @@ def test_the_kernel_lowers_for_hopper_gpus(monkeypatch, batch, axes):
         w_down=shape((32, 14336, 4096), dtype),
     )
     cache = shape((32, batch, 2048, 8, 128), dtype)
-    leaves, tree = jax.tree.flatten((shape((batch, 4096), dtype), weights, cache, cache, shape((batch,), jnp.int32)))
+    summary = None if select is None else shape((32, batch, 128, 8, {"mean": 128, "bounds": 256}[select.kind]), dtype)
+    given = (shape((batch, 4096), dtype), weights, cache, cache, shape((batch,), jnp.int32), summary)
+    leaves, tree = jax.tree.flatten(given)
+    monkeypatch.setattr(mosaic_gpu, "SELECTS", True)
     device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
     kinds = (AxisType.Auto,) * len(axes)
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=kinds, abstract_device=device)
@@ -192,8 +215,11 @@ def test_the_kernel_lowers_for_hopper_gpus(monkeypatch, batch, axes):
     def step(*leaves):
         data = ["data"] if "data" in axes else []
         with partitioned(mesh, batch=data, heads=["tensor"]) if axes else contextlib.nullcontext():
+            *arrays, summary = jax.tree.unflatten(tree, leaves)
             return decode_layers(
-                *jax.tree.unflatten(tree, leaves),
+                *arrays,
+                summary_LBPKX=summary,
+                select=select,
                 order_M=jnp.arange(32),
                 planned_B=jnp.full(batch, 32),
                 live_B=jnp.ones(batch, bool),

@@ -16,6 +16,17 @@ needs_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason=
 SHAPES = [(1, 1, 0, 0), (7, 3, 1, 1), (9, 9, 0, 0), (130, 5, 2, 3), (1000, 130, 1, 2)]
 LARGE = [(1025, 512, 1, 1), (2048, 32, 1, 1), (4099, 256, 0, 4), (8192, 128, 1, 2), (20001, 512, 0, 0)]
 LARGE += [(65536, 1, 0, 0), (65536, 256, 4, 4), (65535, 512, 300, 200)]
+# As many as 128 pages between sinks and recent ones: what a warpgroup can find.
+NARROW = [
+    *SHAPES[:4],
+    (16, 4, 2, 2),
+    (96, 32, 1, 1),
+    (200, 130, 1, 2),
+    (1024, 32, 0, 1),
+    (1023, 64, 1, 0),
+    (2051, 40, 2, 9),
+]
+NARROW += [(4096, 32, 1, 1), (8192, 32, 0, 1), (8192, 128, 0, 0), (65536, 64, 1, 1)]
 
 
 def numpy_topk(scores, num_pages, k, sinks, recent):
@@ -110,6 +121,97 @@ def test_the_gpu_kernel_lowers_for_cuda(shape):
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
 def test_the_gpu_kernel_on_a_gpu(shape):
     assert_chooses(TOPK_PAGES[0].run, *shape)
+
+
+def in_a_warpgroup(num_pages, k, sinks, recent, *, rows, blocks=3, space=0):
+    """A kernel of scores ``[rows, P]`` and pages in use ``[rows]`` where one warpgroup of three chooses.
+
+    Returns pages ``[rows, k]``, and how many rows a block has by each warpgroup that only waits for itself meanwhile.
+    """
+    from jax import lax
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.topk_pages import mosaic_gpu
+
+    geometry = mosaic_gpu.Geometry(num_pages=num_pages, k=k, sinks=sinks, recent=recent, warpgroup=True)
+
+    def body(scores, live, chosen, waits, pages, shared):
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        count = lax.div(rows - block + blocks - 1, blocks)
+
+        @pl.when(warpgroup == 1)
+        def _():
+            plgpu.set_max_registers(104, action="decrease")
+
+            @pl.loop(0, count)
+            def _(i):
+                row = block + i * blocks
+                mosaic_gpu.choose_in_warpgroup(geometry, scores, row, live[row], pages.at[i % 2], shared)
+
+                @pl.loop(0, k)
+                def _(place):
+                    chosen[row, place] = pages[i % 2, place]
+
+        @pl.when(warpgroup != 1)
+        def _():
+            @pl.loop(0, 1000)
+            def _(i):
+                plgpu.commit_smem()
+
+            waits[block, warpgroup] = count
+
+    return plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, k), (blocks, 3))],
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM((2, k), jnp.int32), plgpu.SMEM((geometry.shared_bytes // 4 + space,), jnp.int32)],
+    )
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("shape", NARROW, ids=str)
+def test_choosing_in_a_warpgroup_lowers_for_cuda(shape):
+    arguments = jax.ShapeDtypeStruct((10, shape[0]), "float32"), jax.ShapeDtypeStruct((10,), "int32")
+    checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    run = jax.jit(in_a_warpgroup(*shape, rows=10))
+    text = jax.export.export(run, platforms=["cuda"], disabled_checks=checks)(*arguments).mlir_module()
+    assert text.count("mosaic_gpu_v2") == 1
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize(
+    ("shape", "space", "reason"),
+    [
+        ((1000, 131, 1, 1), 0, "128 pages to find at most"),
+        ((65537, 32, 1, 1), 0, "of 65536"),
+        ((1000, 32, 1, 1), -1, r"pages \[32\] and shared \[450\]"),
+    ],
+    ids=str,
+)
+def test_choosing_in_a_warpgroup_says_what_it_cannot_do(shape, space, reason):
+    arguments = jax.ShapeDtypeStruct((10, shape[0]), "float32"), jax.ShapeDtypeStruct((10,), "int32")
+    with pytest.raises(ValueError, match=reason):
+        jax.eval_shape(in_a_warpgroup(*shape, rows=10, space=space), *arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", NARROW, ids=str)
+def test_choosing_in_a_warpgroup_on_a_gpu(shape):
+    num_pages, k, sinks, recent = shape
+    scores, full = rows_of(num_pages, k)
+    scores = scores.reshape(10, num_pages)
+    run = jax.jit(in_a_warpgroup(*shape, rows=10))
+    for live in (full, np.array([1, k, max(k - 1, 1), max(num_pages // 2, 1), num_pages + 5], np.int32)):
+        live = np.repeat(live, 2)
+        pages, waits = map(np.asarray, run(jnp.asarray(scores), jnp.asarray(live)))
+        for row in range(10):
+            want = numpy_topk(scores[row], live[row], k, sinks, recent)
+            np.testing.assert_array_equal(pages[row, : len(want)], want)
+        np.testing.assert_array_equal(waits[:, [0, 2]], [[4, 4], [3, 3], [3, 3]])
 
 
 def test_no_rows_choose_nothing():

@@ -177,7 +177,7 @@ def test_stacked_layers_prefill_the_same(tiny_model):
     got, stacked = run(stack_for_decoding(tiny_model), Plan(sparsity=LAZY))
     np.testing.assert_allclose(got, want, **CLOSE)
     np.testing.assert_array_equal(stacked.cache.layers.valid, [cache.valid for cache in plain.cache.layers])
-    reason = refuse_indexed(Plan(sparsity=LAZY), 6)
+    reason = refuse_indexed(Plan(sparsity=LAZY), range(6))
     assert reason is not None and "in every layer, which LazyLLM does not" in reason
 
 

@@ -1,0 +1,250 @@
+"""The warpgroups of the decoder stack's kernel that read; see :mod:`pallas_kernels.decoder_stack.mosaic_gpu`."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decoder_stack.geometry import ATTENTION, DOWN, GATE_UP, OUT, QKV, UNIT
+from pallas_kernels.decoder_stack.tiles import divide, fill_tile, fill_units
+from pallas_kernels.topk_pages.mosaic_gpu import choose_in_warpgroup
+
+REGISTERS = {"stream": 152, "feed": 104}  # beside the worker's 240, of 504 for three threads
+
+
+def stream(g, r, static, grid):
+    """Read weights and cache into the ring, in the order in which the worker takes them."""
+    plgpu.set_max_registers(REGISTERS["stream"], action="decrease")
+
+    def await_units(arrived, wanted):
+        """Wait until ``wanted`` units have arrived, of which ``arrived`` are known to have."""
+
+        def one(number, _):
+            plgpu.barrier_wait(r.ring_full.at[lax.rem(number, g.stages)])
+            return 0
+
+        lax.fori_loop(arrived, wanted, one, 0)
+        return jnp.maximum(arrived, wanted)
+
+    def put(counts, parts, first):
+        """Ask for a unit of a phase, whose first was the ``first`` of all, once few enough are on their way.
+
+        Its parts are as many for each half.
+        """
+        count, arrived = counts
+        slot = lax.rem(count, g.stages)
+        plgpu.barrier_wait(r.ring_free.at[slot])
+        arrived = await_units(arrived, count + 1 - jnp.where(count < first + g.stages, 1, g.in_flight))
+        rows = 2 * UNIT // len(parts)
+        for i, part in enumerate(parts):
+            half, place = divmod(i, len(parts) // 2)
+            there = r.ring.at[slot, half] if rows == UNIT else r.ring.at[slot, half, pl.ds(place * rows, rows)]
+            plgpu.copy_gmem_to_smem(part, there, r.ring_full.at[slot])
+        for _ in range(g.arrivals - len(parts)):
+            plgpu.barrier_arrive(r.ring_full.at[slot])
+        return count + 1, arrived
+
+    def source(name, layer, unit):
+        tile, k = divide(unit, g.products[name][1])
+        rows = pl.ds(k * UNIT, UNIT)
+        if name == "gate_up":
+            return [r.w_gate_up.at[layer, i, rows, pl.ds(tile * 64, 64)] for i in (0, 1)]
+        weights = {"qkv": r.wqkv, "out": r.wo, "down": r.w_down}[name]
+        return [weights.at[layer, rows, pl.ds(tile * 128 + i * 64, 64)] for i in (0, 1)]
+
+    def units(name, entry, first, stop, counts):
+        phase = counts[0] - (first - grid.product(name)[0])
+
+        def unit(u, counts):
+            return put(counts, source(name, r.order[entry], u), phase)
+
+        return lax.fori_loop(first, stop, unit, counts)
+
+    def scores(entry, counts):
+        phase, layer = counts[0], r.order[entry]
+
+        def turn(turn, counts):
+            at = grid.score_item(turn)
+
+            def read(counts):
+                rows = r.summary.at[layer, at.batch, pl.ds(at.chunk * UNIT, UNIT), at.kv_head]
+                for which in range(g.bounds):
+                    features = [pl.ds(which * g.head_dim + i * 64, 64) for i in (0, 1)]
+                    counts = put(counts, [rows.at[:, half] for half in features], phase)
+                return counts
+
+            return lax.cond(at.active, read, lambda counts: counts, counts)
+
+        return lax.fori_loop(0, grid.num_score_items(layer), turn, counts)
+
+    def attention(entry, counts):
+        phase, layer = counts[0], r.order[entry]
+
+        def turn(turn, counts):
+            at = grid.item(turn, layer)
+
+            def slots(c, counts):
+                for cache in (r.k_cache, r.v_cache):
+                    rows = cache.at[layer, at.batch, pl.ds(c * UNIT, UNIT), at.kv_head]
+                    counts = put(counts, [rows.at[:, pl.ds(i * 64, 64)] for i in (0, 1)], phase)
+                return counts
+
+            def pages(c, counts):
+                size = g.select.page_size
+                places = [c * (UNIT // size) + i for i in range(UNIT // size)]
+                chosen = [
+                    jnp.where(place < at.count, r.chosen[jnp.minimum(place, at.count - 1)], 0) for place in places
+                ]
+                begun = counts[0] - g.stages  # nothing could be read before the phase had begun
+                for cache in (r.k_cache, r.v_cache):
+                    parts = [
+                        cache.at[layer, at.batch, pl.ds(page * size, size), at.kv_head, pl.ds(i * 64, 64)]
+                        for i in (0, 1)
+                        for page in chosen
+                    ]
+                    counts = put(counts, parts, begun)
+                return counts
+
+            def choose(counts):
+                choose_in_warpgroup(static.choice, r.scores, at.head, at.live, r.chosen, r.choosing)
+                return lax.fori_loop(at.start, at.stop, pages, counts)
+
+            read_all = lambda counts: lax.fori_loop(at.start, at.stop, slots, counts)  # noqa: E731
+            if g.select is None:
+                return read_all(counts)
+            chooses = at.chooses & (at.stop > at.start)
+            if g.select.dense_layers == 0:
+                return lax.cond(chooses, choose, lambda counts: counts, counts)
+            return lax.cond(chooses, choose, read_all, counts)
+
+        return lax.fori_loop(0, grid.num_items(), turn, counts)
+
+    def rest(entry, counts, qkv_from):
+        counts = units("qkv", entry, qkv_from, grid.product("qkv")[1], counts)
+        if g.select is not None:
+            counts = scores(entry, counts)
+            grid.wait_for_scores(entry)
+        counts = attention(entry, counts)
+        for name in ("out", "gate_up", "down"):
+            first, stop, _ = grid.product(name)
+            counts = units(name, entry, first, stop, counts)
+        return counts
+
+    def before_decision(entry, counts):
+        first, stop, _ = grid.product("qkv")
+        early = jnp.minimum(stop, first + g.stages)
+        return units("qkv", entry, first, early, counts), early
+
+    counts = (jnp.int32(0), jnp.int32(0))  # units asked for, and units known to have arrived
+    counts, ran, _ = _layers(r, static, counts, rest, before_decision, lambda: grid.product("qkv")[0])
+    if static.fill:
+        phase = counts[0]
+
+        def unit(u, counts):
+            tile, k = divide(u, g.d_model // UNIT)
+            entry, kv_head, which = fill_tile(g, tile)
+            column = kv_head * (g.group + 2) + g.group + which
+            at = r.wqkv.at[r.order[ran + entry], pl.ds(k * UNIT, UNIT)]
+            return put(counts, [at.at[:, pl.ds(column * 128 + i * 64, 64)] for i in (0, 1)], phase)
+
+        counts = lax.fori_loop(*grid.share(fill_units(g, r, ran)), unit, counts)
+    count, arrived = counts
+    for i in range(g.stages):
+        plgpu.barrier_wait(r.ring_free.at[lax.rem(count + i, g.stages)])
+    await_units(arrived, count)
+
+
+def feed(g, r, static, grid):
+    """Read activations as soon as all blocks have written them."""
+    plgpu.set_max_registers(REGISTERS["feed"], action="decrease")
+
+    def units(source, first, stop, contraction, count, entry_of=None):
+        def unit(u, count):
+            tile, k = divide(u, contraction)
+            slot = lax.rem(count, g.feeds)
+            plgpu.barrier_wait(r.feed_free.at[slot])
+            ref = source if entry_of is None else source.at[entry_of(tile)]
+            plgpu.copy_gmem_to_smem(ref.at[:, pl.ds(k * UNIT, UNIT)], r.feed.at[slot], r.feed_full.at[slot])
+            return count + 1
+
+        return lax.fori_loop(first, stop, unit, count)
+
+    def qkv(first, stop, count):
+        return units(r.norm_input, first, stop, g.products["qkv"][1], count)
+
+    def heads(head):
+        plgpu.barrier_wait(r.head_free)
+        for which, new in enumerate((r.new_k, r.new_v)):
+            for i in (0, 1):
+                plgpu.copy_gmem_to_smem(r.heads.at[which, head, :, pl.ds(i * 64, 64)], new.at[i], r.head_full)
+
+    def before_decision(entry, count):
+        grid.wait(g.phase(entry, QKV))
+        first, stop, _ = grid.product("qkv")
+        early = jnp.minimum(stop, first + g.feeds)
+        return qkv(first, early, count), early
+
+    def layer(entry, count, qkv_from):
+        if not static.rule:
+            grid.wait(g.phase(entry, QKV))
+        count = qkv(qkv_from, grid.product("qkv")[1], count)
+        grid.wait(g.phase(entry, ATTENTION))
+        number = r.order[entry]
+        if g.select is not None:
+
+            def score_turn(turn, _):
+                at = grid.score_item(turn)
+                pl.when(at.active)(lambda: heads(at.head))
+                return 0
+
+            lax.fori_loop(0, grid.num_score_items(number), score_turn, 0)
+            grid.wait(g.scored(entry))
+
+        def turn(turn, _):
+            heads(grid.item(turn, number).head)
+            return 0
+
+        lax.fori_loop(0, grid.num_items(), turn, 0)
+        for step, name, source in (
+            (OUT, "out", r.attended),
+            (GATE_UP, "gate_up", r.norm_input),
+            (DOWN, "down", r.hidden),
+        ):
+            grid.wait(g.phase(entry, step))
+            count = units(source, *grid.product(name), count)
+        return count
+
+    count, ran, going = _layers(r, static, jnp.int32(0), layer, before_decision, lambda: grid.product("qkv")[0])
+    if static.fill:
+        pl.when(going > 0)(lambda: grid.wait(g.phase(ran, QKV)))  # the states; a rule that ended the layers has waited
+        grid.wait(g.phase(ran, QKV) + 1)  # their normalised forms
+        first, stop = grid.share(fill_units(g, r, ran))
+        entry_of = lambda tile: ran + fill_tile(g, tile)[0]  # noqa: E731
+        count = units(r.fill_input, first, stop, g.d_model // UNIT, count, entry_of)
+    for i in range(g.feeds):
+        plgpu.barrier_wait(r.feed_free.at[lax.rem(count + i, g.feeds)])
+    plgpu.barrier_wait(r.head_free)
+    if g.blocks == 1 and not static.fill:
+        pl.when(going > 0)(lambda: plgpu.barrier_wait(r.phase))
+
+
+def _layers(r, static, count, layer, before_decision, first):
+    """Run ``layer`` for every entry of the order until the rule ends it.
+
+    Returns the count, the entries that ran, and 0 if the rule ended them.
+    """
+    total = r.count[0]
+    if not static.rule:
+        return lax.fori_loop(0, total, lambda entry, count: layer(entry, count, first()), count), total, jnp.int32(1)
+
+    def body(state):
+        entry, count, _ = state
+        count, begun = before_decision(entry, count)
+        plgpu.barrier_wait(r.decided)
+        go = r.go[0]
+        count = lax.cond(go > 0, lambda count: layer(entry, count, begun), lambda count: count, count)
+        return entry + go, count, go
+
+    going = lambda state: (state[0] < total) & (state[2] > 0)  # noqa: E731
+    entry, count, go = lax.while_loop(going, body, (jnp.int32(0), count, jnp.int32(1)))
+    return count, entry, go
