@@ -1,12 +1,17 @@
 """The decoder stack as one persistent Mosaic GPU kernel for Hopper: no launch, branch or copy between layers.
 
 Every multiprocessor holds one block of three warpgroups. The *streamer* reads weights and cached keys and values by TMA
-into a ring of buffers; nothing it reads depends on the token, so it runs ahead through the phases of a layer. It has no
-more in flight than keeps memory busy, as every other trip through memory waits behind it: one unit at a time as long as
-the phase of those units may not have begun, since the end of the last one is such trips. The *feeder* does the same
-with activations, phase by phase. The *worker* multiplies, with the weights as the 64-row left side of the tensor cores'
-products and the few rows of activations as the right side, so that one row costs what eight cost. A phase ends at a
-barrier over all blocks, whose wait the ring hides in part.
+into a ring of buffers; nothing it reads depends on the token, chosen pages excepted, so it runs ahead through the
+phases of a layer. It has no more in flight than keeps memory busy, as every other trip through memory waits behind it:
+one unit at a time as long as the phase of those units may not have begun, since the end of the last one is such trips.
+The *feeder* does the same with activations, phase by phase. The *worker* multiplies, with the weights as the 64-row
+left side of the tensor cores' products and the few rows of activations as the right side, so that one row costs what
+eight cost. A phase ends at a barrier over all blocks, whose wait the ring hides in part.
+
+Where layers choose their pages, another phase scores them before attention, whose summaries of keys come through the
+ring as weights do. The streamer then chooses itself, in each block the pages that this block attends to, and reads them
+as if they lay one behind the other, so that the worker does what it does with all slots
+(:mod:`pallas_kernels.decoder_stack.pages`).
 
 Activations live in global memory, features along the last axis for the tensor cores and, for the residual stream, along
 the first: an accumulator holds 64 features by all rows. RMS norms are applied after the product, which commutes with
