@@ -138,9 +138,9 @@ class Geometry:
         return fit[self.rows][self.head_rows // 8 - 1]
 
     @property
-    def arrivals(self) -> int:
-        """Transfers that may bring a unit: two halves, of as many pages as fit."""
-        return 2 if self.select is None else 2 * (UNIT // self.select.page_size)
+    def page_parts(self) -> int:
+        """Transfers that bring a unit of pages: two halves, of as many pages as fit."""
+        return 2 * (UNIT // self.select.page_size)
 
     @property
     def bounds(self) -> int:
@@ -205,6 +205,8 @@ def _refuse_selection(g: Geometry) -> str | None:
     if g.select.page_size not in PAGE_SIZES or g.capacity < 64:
         sizes = ", ".join(map(str, PAGE_SIZES))
         return f"needs pages of {sizes} slots and a capacity of at least 64, got {g.select.page_size} of {g.capacity}"
+    if g.num_pages > 8 and g.num_pages % 8:
+        return f"needs summaries with room for a multiple of 8 pages, got {g.num_pages}"
     if g.num_pages > MAX_PAGES:
         return f"chooses from at most {MAX_PAGES} pages, got {g.num_pages}; use larger pages"
     forced = g.select.sinks + g.select.recent

@@ -27,13 +27,6 @@ class Grid:
         elif not worker:
             plgpu.barrier_wait(self.r.phase)
 
-    def wait_for_scores(self, entry):
-        """Wait, as the one that reads pages, until every block has scored what it has of them."""
-        if self.g.blocks > 1:
-            self.wait(self.g.scored(entry))
-        else:
-            plgpu.barrier_wait(self.r.scored)
-
     def finish_phase(self, *, scores=False):
         if self.g.blocks > 1:
             plgpu.semaphore_signal(self.arrived, 1, memory_scope="gpu")

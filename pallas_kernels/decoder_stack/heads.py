@@ -39,8 +39,7 @@ class Attention:
             def chunk(c, carry):
                 count, state = carry
                 keys, values = lax.rem(count, g.stages), lax.rem(count + 1, g.stages)
-                plgpu.barrier_wait(r.ring_full.at[keys])
-                plgpu.barrier_wait(r.ring_full.at[values])
+                self.await_slots(at, keys, values)
                 older = at.older - c * UNIT
                 self.clear(values, older)
                 tiles = []
@@ -67,6 +66,21 @@ class Attention:
             self.grid.wait(g.phase(entry, ATTENTION) if g.select is None else g.scored(entry), worker=True)
 
         return lax.fori_loop(0, items, turn, counts[0]), counts[1]
+
+    def await_slots(self, at, *units):
+        """Wait for units of cache slots, which pages bring in other pieces than all slots."""
+        g, r = self.g, self.r
+
+        def wait(full):
+            for unit in units:
+                plgpu.barrier_wait(full.at[unit])
+
+        if g.select is None:
+            wait(r.ring_full)
+            return
+        pl.when(at.chooses)(lambda: wait(r.pages_full))
+        if g.select.dense_layers:
+            pl.when(~at.chooses)(lambda: wait(r.ring_full))
 
     def attend_itself(self, counts):
         """Return the state of an online softmax over the new token alone, or over nothing if ``counts`` is 0."""

@@ -205,13 +205,14 @@ def build(g: Geometry, *, entries: int, **static: Any):
         "staged_o": plgpu.SMEM((2, g.head_rows, 64), dtype),
         "flags": plgpu.SMEM((g.rows,), jnp.int32),
         "go": plgpu.SMEM((1,), jnp.int32),
-        "ring_full": plgpu.Barrier(num_arrivals=g.arrivals, num_barriers=g.stages),
+        "ring_full": plgpu.Barrier(num_arrivals=2, num_barriers=g.stages),
         "ring_free": plgpu.Barrier(num_barriers=g.stages),
         "feed_full": plgpu.Barrier(num_barriers=g.feeds),
         "feed_free": plgpu.Barrier(num_barriers=g.feeds),
         "head_full": plgpu.Barrier(num_arrivals=4),
         "head_free": plgpu.Barrier(),
         "decided": plgpu.Barrier(),
+        "taken": plgpu.Barrier(num_arrivals=2),
     }
     if g.blocks == 1:
         scratch["phase"] = plgpu.Barrier()
@@ -225,6 +226,7 @@ def build(g: Geometry, *, entries: int, **static: Any):
             warpgroup=True,
         )
         scratch |= {
+            "pages_full": plgpu.Barrier(num_arrivals=g.page_parts, num_barriers=g.stages),
             "chosen": plgpu.SMEM((select.pages,), jnp.int32),
             "choosing": plgpu.SMEM((static.choice.shared_bytes // 4,), jnp.int32),
         }

@@ -9,40 +9,48 @@ from pallas_kernels.decoder_stack.geometry import ATTENTION, DOWN, GATE_UP, OUT,
 from pallas_kernels.decoder_stack.tiles import divide, fill_tile, fill_units
 from pallas_kernels.topk_pages.mosaic_gpu import choose_in_warpgroup
 
-REGISTERS = {"stream": 152, "feed": 104}  # beside the worker's 240, of 504 for three threads
+REGISTERS, CHOOSING = 104, 152  # beside the worker's 240, of 504 for three threads
 
 
 def stream(g, r, static, grid):
     """Read weights and cache into the ring, in the order in which the worker takes them."""
-    plgpu.set_max_registers(REGISTERS["stream"], action="decrease")
+    plgpu.set_max_registers(REGISTERS if g.select is None else CHOOSING, action="decrease")
 
-    def await_units(arrived, wanted):
+    def await_units(arrived, wanted, pages):
         """Wait until ``wanted`` units have arrived, of which ``arrived`` are known to have."""
 
         def one(number, _):
-            plgpu.barrier_wait(r.ring_full.at[lax.rem(number, g.stages)])
+            slot = lax.rem(number, g.stages)
+            if g.select is None:
+                plgpu.barrier_wait(r.ring_full.at[slot])
+                return 0
+            of_pages = (lax.shift_right_logical(pages, slot) & 1) > 0
+            pl.when(of_pages)(lambda: plgpu.barrier_wait(r.pages_full.at[slot]))
+            pl.when(~of_pages)(lambda: plgpu.barrier_wait(r.ring_full.at[slot]))
             return 0
 
         lax.fori_loop(arrived, wanted, one, 0)
         return jnp.maximum(arrived, wanted)
 
-    def put(counts, parts, first):
+    def put(counts, halves, first, *, of_pages=False):
         """Ask for a unit of a phase, whose first was the ``first`` of all, once few enough are on their way.
 
-        Its parts are as many for each half.
+        Each half is one part or, of pages, several.
         """
-        count, arrived = counts
+        count, arrived, pages = counts
         slot = lax.rem(count, g.stages)
         plgpu.barrier_wait(r.ring_free.at[slot])
-        arrived = await_units(arrived, count + 1 - jnp.where(count < first + g.stages, 1, g.in_flight))
-        rows = 2 * UNIT // len(parts)
-        for i, part in enumerate(parts):
-            half, place = divmod(i, len(parts) // 2)
-            there = r.ring.at[slot, half] if rows == UNIT else r.ring.at[slot, half, pl.ds(place * rows, rows)]
-            plgpu.copy_gmem_to_smem(part, there, r.ring_full.at[slot])
-        for _ in range(g.arrivals - len(parts)):
-            plgpu.barrier_arrive(r.ring_full.at[slot])
-        return count + 1, arrived
+        arrived = await_units(arrived, count + 1 - jnp.where(count < first + g.stages, 1, g.in_flight), pages)
+        full = (r.pages_full if of_pages else r.ring_full).at[slot]
+        for i, half in enumerate(halves):
+            if not of_pages:
+                plgpu.copy_gmem_to_smem(half, r.ring.at[slot, i], full)
+                continue
+            for place, page in enumerate(half):
+                rows = pl.ds(place * g.select.page_size, g.select.page_size)
+                plgpu.copy_gmem_to_smem(page, r.ring.at[slot, i, rows], full)
+        bit = lax.shift_left(jnp.int32(1), slot)
+        return count + 1, arrived, (pages | bit if of_pages else pages & ~bit) if g.select is not None else pages
 
     def source(name, layer, unit):
         tile, k = divide(unit, g.products[name][1])
@@ -97,15 +105,14 @@ def stream(g, r, static, grid):
                 ]
                 begun = counts[0] - g.stages  # nothing could be read before the phase had begun
                 for cache in (r.k_cache, r.v_cache):
-                    parts = [
-                        cache.at[layer, at.batch, pl.ds(page * size, size), at.kv_head, pl.ds(i * 64, 64)]
-                        for i in (0, 1)
-                        for page in chosen
-                    ]
-                    counts = put(counts, parts, begun)
+                    rows = [cache.at[layer, at.batch, pl.ds(page * size, size), at.kv_head] for page in chosen]
+                    halves = [[page.at[:, pl.ds(i * 64, 64)] for page in rows] for i in (0, 1)]
+                    counts = put(counts, halves, begun, of_pages=True)
                 return counts
 
             def choose(counts):
+                if g.blocks > 1:
+                    grid.wait(g.scored(entry))
                 choose_in_warpgroup(static.choice, r.scores, at.head, at.live, r.chosen, r.choosing)
                 return lax.fori_loop(at.start, at.stop, pages, counts)
 
@@ -123,7 +130,8 @@ def stream(g, r, static, grid):
         counts = units("qkv", entry, qkv_from, grid.product("qkv")[1], counts)
         if g.select is not None:
             counts = scores(entry, counts)
-            grid.wait_for_scores(entry)
+            if g.blocks == 1:
+                plgpu.barrier_wait(r.scored)
         counts = attention(entry, counts)
         for name in ("out", "gate_up", "down"):
             first, stop, _ = grid.product(name)
@@ -135,7 +143,7 @@ def stream(g, r, static, grid):
         early = jnp.minimum(stop, first + g.stages)
         return units("qkv", entry, first, early, counts), early
 
-    counts = (jnp.int32(0), jnp.int32(0))  # units asked for, and units known to have arrived
+    counts = (jnp.int32(0),) * 3  # units asked for, units known to have arrived, and which slots hold pages, in bits
     counts, ran, _ = _layers(r, static, counts, rest, before_decision, lambda: grid.product("qkv")[0])
     if static.fill:
         phase = counts[0]
@@ -148,15 +156,15 @@ def stream(g, r, static, grid):
             return put(counts, [at.at[:, pl.ds(column * 128 + i * 64, 64)] for i in (0, 1)], phase)
 
         counts = lax.fori_loop(*grid.share(fill_units(g, r, ran)), unit, counts)
-    count, arrived = counts
+    count, arrived, pages = counts
     for i in range(g.stages):
         plgpu.barrier_wait(r.ring_free.at[lax.rem(count + i, g.stages)])
-    await_units(arrived, count)
+    await_units(arrived, count, pages)
 
 
 def feed(g, r, static, grid):
     """Read activations as soon as all blocks have written them."""
-    plgpu.set_max_registers(REGISTERS["feed"], action="decrease")
+    plgpu.set_max_registers(REGISTERS, action="decrease")
 
     def units(source, first, stop, contraction, count, entry_of=None):
         def unit(u, count):
@@ -242,6 +250,7 @@ def _layers(r, static, count, layer, before_decision, first):
         count, begun = before_decision(entry, count)
         plgpu.barrier_wait(r.decided)
         go = r.go[0]
+        plgpu.barrier_arrive(r.taken)
         count = lax.cond(go > 0, lambda count: layer(entry, count, begun), lambda count: count, count)
         return entry + go, count, go
 

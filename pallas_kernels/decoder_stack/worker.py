@@ -44,6 +44,7 @@ class Worker(Attention, Pages):
             state = (jnp.int32(0), counts, rows(0, jnp.int32), rows(0, jnp.int32), rows(0, F32), jnp.int32(1))
             going = lambda state: (state[0] < r.count[0]) & (state[-1] > 0)  # noqa: E731
             ran, counts, exited, ended, *_ = lax.while_loop(going, self.ruled_layer, state)
+            pl.when(r.count[0] > 0)(lambda: plgpu.barrier_wait(r.taken))
 
             @pl.when(self.block == 0)
             def _():
@@ -118,6 +119,7 @@ class Worker(Attention, Pages):
         r.flags[...] = exited
         staying = g.batch - sum(r.flags[b] for b in range(g.batch))
         go = (staying > 0).astype(jnp.int32)
+        pl.when(entry > 0)(lambda: plgpu.barrier_wait(r.taken))  # what was decided before
         r.go[0] = go
         plgpu.barrier_arrive(r.decided)
         counts = lax.cond(go > 0, lambda c: self.layer(entry, c, exited), self.drain, counts)

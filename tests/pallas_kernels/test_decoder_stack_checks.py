@@ -158,6 +158,7 @@ def test_what_the_kernel_cannot_serve_has_a_reason(changes, message):
     [
         ({}, 32, None),
         ({"page_size": 48}, 48, "pages of 16, 32, 64, 128 slots"),
+        ({}, 25, "room for a multiple of 8 pages, got 25"),
         ({}, 8200, "at most 8192 pages, got 8200; use larger pages"),
         ({"pages": 120}, 1024, "at most 112 pages beside at most 16 that are always read, got 117 and 3"),
         ({"pages": 115}, 1024, None),
