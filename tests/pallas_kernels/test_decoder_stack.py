@@ -27,6 +27,17 @@ def norm(x, weight):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + EPS) * weight
 
 
+def project(state, w, layer, heads, position, frequencies):
+    """Return queries ``[K, G, H]``, key and value ``[K, H]`` of a state, where heads are ``(K, H)``."""
+    qkv = norm(state, w["norm_attn"][layer]) @ w["wqkv"][layer]
+    qkv = qkv if w["bqkv"] is None else qkv + w["bqkv"][layer]
+    qkv = qkv.reshape(heads[0], -1, heads[1])
+    q, key, value = qkv[:, :-2], qkv[:, -2], qkv[:, -1]
+    if w["norm_q"] is not None:
+        q, key = norm(q, w["norm_q"][layer]), norm(key, w["norm_k"][layer])
+    return rotate(q, position, frequencies), rotate(key, position, frequencies), value
+
+
 def oracle(x, weights, k, v, positions, order, planned, frequencies, *, threshold=None, fill=True, window=None):
     """One sequence at a time, in float64."""
     x, k, v = (np.array(a, np.float64) for a in (x, k, v))
@@ -37,13 +48,7 @@ def oracle(x, weights, k, v, positions, order, planned, frequencies, *, threshol
         state, before, stopped = x[b], None, None
         for entry, layer in enumerate(order):
             entered[entry, b] = state
-            qkv = norm(state, w["norm_attn"][layer]) @ w["wqkv"][layer]
-            qkv = qkv if w["bqkv"] is None else qkv + w["bqkv"][layer]
-            qkv = qkv.reshape(k.shape[3], -1, k.shape[4])
-            q, key, value = qkv[:, :-2], qkv[:, -2], qkv[:, -1]
-            if w["norm_q"] is not None:
-                q, key = norm(q, w["norm_q"][layer]), norm(key, w["norm_k"][layer])
-            q, key = rotate(q, position, frequencies), rotate(key, position, frequencies)
+            q, key, value = project(state, w, layer, k.shape[3:], position, frequencies)
             if stopped is None and entry and threshold is not None:
                 cosine = state @ before / np.sqrt((state @ state) * (before @ before))
                 stopped = entry if cosine > threshold else None

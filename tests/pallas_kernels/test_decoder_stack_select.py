@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from dyninf.models import make_mesh
 from pallas_kernels import Selection, decode_layers, summarize_pages
 from pallas_kernels.partition import partitioned
-from tests.pallas_kernels.test_decoder_stack import EPS, close, frequencies_of, norm, rotate
+from tests.pallas_kernels.test_decoder_stack import EPS, close, frequencies_of, norm, project
 
 SMALL = {"dtype": "float32", "head_dim": 16, "d_model": 24, "d_ff": 40, "kv_heads": 2, "capacity": 137}
 BOUNDS_16 = Selection(kind="bounds", page_size=16, pages=3)
@@ -59,13 +59,7 @@ def oracle(x, weights, k, v, positions, select, order, planned, frequencies, *, 
             entered[entry, b] = state
             if not live[b]:
                 continue
-            qkv = norm(state, w["norm_attn"][layer]) @ w["wqkv"][layer]
-            qkv = qkv if w["bqkv"] is None else qkv + w["bqkv"][layer]
-            qkv = qkv.reshape(k.shape[3], -1, k.shape[4])
-            q, key, value = qkv[:, :-2], qkv[:, -2], qkv[:, -1]
-            if w["norm_q"] is not None:
-                q, key = norm(q, w["norm_q"][layer]), norm(key, w["norm_k"][layer])
-            q, key = rotate(q, position, frequencies), rotate(key, position, frequencies)
+            q, key, value = project(state, w, layer, k.shape[3:], position, frequencies)
             if stopped is None and entry and threshold is not None:
                 cosine = state @ before / np.sqrt((state @ state) * (before @ before))
                 stopped = entry if cosine > threshold else None
