@@ -129,8 +129,7 @@ def _attend(positions_B, select, window, q_BTNH, cache, layer) -> jax.Array:
     layers, _, capacity = k_LBSKH.shape[:3]
 
     def read_all() -> jax.Array:
-        k_BSKH, v_BSKH = (lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in (k_LBSKH, v_LBSKH))
-        return decode_attention(q_BTNH, k_BSKH, v_BSKH, positions_B[:, None], window=window)
+        return decode_attention(q_BTNH, k_LBSKH, v_LBSKH, positions_B[:, None], layer=layer, window=window)
 
     def read_pages() -> jax.Array:
         size = select.page_size
