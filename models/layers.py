@@ -17,6 +17,7 @@ from flax import nnx
 from dyninf.models.config import ModelConfig, RopeScaling
 from pallas_kernels.add_devices import add_product
 from pallas_kernels.few_rows import norm_einsum_rows
+from pallas_kernels.norms import rms_norm
 
 INIT_STD = 0.02
 
@@ -76,14 +77,6 @@ class DecoderLayer(nnx.Module):
     def _rotate(self, x_BTNH, positions_BT, norm):
         x_BTNH = x_BTNH if norm is None else rms_norm(x_BTNH, norm[...], self.eps)
         return rotate(x_BTNH, positions_BT, self.rope_theta, self.rope_scaling)
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Divide ``x [..., D]`` by its root mean square and scale it; computed in float32, returned in x's dtype."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + scale.shape)
-    return (wide * scale).astype(x.dtype)
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float, scaling: RopeScaling | None) -> jax.Array:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dyninf.models.config import ModelConfig
-from dyninf.models.layers import INIT_STD, DecoderLayer, rms_norm
+from dyninf.models.layers import INIT_STD, DecoderLayer
+from pallas_kernels.norms import rms_norm
 from pallas_kernels.partition import take_rows
 from pallas_kernels.readout import Readout, exit_readout
 

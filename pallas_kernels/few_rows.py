@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import platform
+from pallas_kernels.norms import rms_norm
 from pallas_kernels.partition import parts
 
 ROWS = 4
@@ -42,9 +43,9 @@ def norm_einsum_rows(spec: str, rows: jax.Array, scale_D: jax.Array, eps: float,
     float32: the division is part of the kernel that adds up the parts of such a product, and one before it less has to
     begin and to end.
     """
+    if repeat_rows(rows, weights) is rows:
+        return jnp.einsum(spec, rms_norm(rows, scale_D, eps), weights)
     wide, scale_11D = rows.astype(jnp.float32), scale_D.astype(jnp.float32)[None, None]
     shrink_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    if repeat_rows(rows, weights) is rows:
-        return einsum_rows(spec, (wide * shrink_BT1 * scale_11D).astype(rows.dtype), weights)
     product = einsum_rows(spec, (wide * scale_11D).astype(rows.dtype), weights, preferred_element_type=jnp.float32)
     return (product * jnp.expand_dims(shrink_BT1, tuple(range(3, product.ndim)))).astype(rows.dtype)

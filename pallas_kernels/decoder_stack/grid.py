@@ -52,11 +52,11 @@ class Grid:
         return first, lax.div((tile + 1) * contraction * workers - 1, units)
 
     def turns(self, items):
-        """Return how many of so many items are this block's, every so manieth as there are blocks."""
+        """Return how many of so many items are this block's, which takes one where all blocks take one each."""
         return jnp.maximum(0, lax.div(items - self.block + self.g.blocks - 1, self.g.blocks))
 
     def num_items(self):
-        return self.turns(jnp.int32(self.g.items))
+        return self.turns(self.g.items)
 
     def item(self, turn, layer):
         """Return what this block attends to in a turn: sequence, head, split, first chunk and end of the chunks.
@@ -91,7 +91,7 @@ class Grid:
         return lax.div(jnp.minimum(older, self.g.capacity - 1), jnp.int32(self.g.select.page_size))
 
     def num_score_items(self, layer):
-        return jnp.where(layer >= self.g.select.dense_layers, self.turns(jnp.int32(self.g.score_items)), 0)
+        return jnp.where(layer >= self.g.select.dense_layers, self.turns(self.g.score_items), 0)
 
     def score_item(self, turn):
         """Return sequence, head and chunk of pages that this block scores in a turn, and whether there are any."""

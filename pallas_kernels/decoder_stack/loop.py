@@ -17,6 +17,7 @@ from pallas_kernels.append_tokens import append_tokens
 from pallas_kernels.attention import decode_attention
 from pallas_kernels.decoder_stack.geometry import refuse_parts
 from pallas_kernels.layer_products import norm_gate_up, norm_project, project_add
+from pallas_kernels.norms import rms_norm
 from pallas_kernels.page_scores import page_scores
 from pallas_kernels.partition import num_devices, sharing
 from pallas_kernels.topk_pages import topk_pages
@@ -116,8 +117,8 @@ def _project(weights, positions_B, frequencies, eps, heads, x_BD, layer) -> tupl
     qkv_BKMH = qkv_BF.reshape(x_BD.shape[0], *heads)
     q_BKGH, k_BKH, v_BKH = qkv_BKMH[..., :-2, :], qkv_BKMH[..., -2, :], qkv_BKMH[..., -1, :]
     if weights.norm_q is not None:
-        q_BKGH = _rms_norm(q_BKGH, weights.norm_q[layer], eps)
-        k_BKH = _rms_norm(k_BKH, weights.norm_k[layer], eps)
+        q_BKGH = rms_norm(q_BKGH, weights.norm_q[layer], eps)
+        k_BKH = rms_norm(k_BKH, weights.norm_k[layer], eps)
     angles_BH = positions_B[:, None].astype(jnp.float32) * frequencies[None]
     q_BNH = q_BKGH.reshape(q_BKGH.shape[0], -1, q_BKGH.shape[-1])
     return _rotate(q_BNH, angles_BH), _rotate(k_BKH, angles_BH), v_BKH
@@ -171,12 +172,6 @@ def _cosine(x_BD, before_BD) -> jax.Array:
     x, before = x_BD.astype(jnp.float32), before_BD.astype(jnp.float32)
     norms_B = jnp.sqrt(jnp.sum(x * x, axis=-1) * jnp.sum(before * before, axis=-1))
     return jnp.minimum(jnp.sum(x * before, axis=-1) / jnp.maximum(norms_B, 1e-30), 1.0)
-
-
-def _rms_norm(x, scale_H, eps) -> jax.Array:
-    wide = x.astype(jnp.float32)
-    wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * scale_H.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + scale_H.shape)).astype(x.dtype)
 
 
 def _rotate(x_BNH, angles_BH) -> jax.Array:

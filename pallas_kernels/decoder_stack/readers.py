@@ -99,10 +99,8 @@ def stream(g, r, static, grid):
 
             def pages(c, counts):
                 size = g.select.page_size
-                places = [c * (UNIT // size) + i for i in range(UNIT // size)]
-                chosen = [
-                    jnp.where(place < at.count, r.chosen[jnp.minimum(place, at.count - 1)], 0) for place in places
-                ]
+                # Behind the last page it is read again, and counts for nothing.
+                chosen = [r.chosen[jnp.minimum(c * (UNIT // size) + i, at.count - 1)] for i in range(UNIT // size)]
                 begun = counts[0] - g.stages  # nothing could be read before the phase had begun
                 for cache in (r.k_cache, r.v_cache):
                     rows = [cache.at[layer, at.batch, pl.ds(page * size, size), at.kv_head] for page in chosen]

@@ -98,7 +98,7 @@ class Worker(Attention, Pages):
 
             return 0
 
-        lax.fori_loop(0, lax.div(g.padded_tiles - self.block + g.blocks - 1, g.blocks), enter, 0)
+        lax.fori_loop(0, self.grid.turns(g.padded_tiles), enter, 0)
 
     def ruled_layer(self, state):
         """Ask the rule which rows leave before an entry; run it if any row stays.

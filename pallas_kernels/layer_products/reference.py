@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.norms import rms_norm
+
 
 def refuse(**facts: Any) -> str | None:
     """Serve every call."""
@@ -14,7 +16,7 @@ def refuse(**facts: Any) -> str | None:
 
 def norm_project(x_BD, norm_LD, weights_LDF, layer, *, eps, bias_LF=None):
     """See :func:`pallas_kernels.layer_products.norm_project`."""
-    out_BF = _product(_norm(x_BD, _take(norm_LD, layer), eps), _take(weights_LDF, layer))
+    out_BF = _product(rms_norm(x_BD, _take(norm_LD, layer), eps), _take(weights_LDF, layer))
     return out_BF if bias_LF is None else out_BF + _take(bias_LF, layer)[None]
 
 
@@ -25,7 +27,7 @@ def project_add(x_BF, weights_LFD, residual_BD, layer):
 
 def norm_gate_up(x_BD, norm_LD, weights_LCDF, layer, *, eps):
     """See :func:`pallas_kernels.layer_products.norm_gate_up`."""
-    normed_BD = _norm(x_BD, _take(norm_LD, layer), eps)
+    normed_BD = rms_norm(x_BD, _take(norm_LD, layer), eps)
     gate_BF, up_BF = (_product(normed_BD, _take_part(weights_LCDF, layer, part)) for part in (0, 1))
     return jax.nn.silu(gate_BF) * up_BF
 
@@ -37,12 +39,6 @@ def _take(stacked, layer):
 def _take_part(stacked, layer, part):
     """Return one matrix ``[D, F]`` of a layer's two; where both were taken out first, both would be copied."""
     return lax.dynamic_slice(stacked, (layer, part, 0, 0), (1, 1, *stacked.shape[2:])).reshape(stacked.shape[2:])
-
-
-def _norm(x_BD, scale_D, eps):
-    wide = x_BD.astype(jnp.float32)
-    wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * scale_D.astype(jnp.float32)[None]).astype(x_BD.dtype)
 
 
 def _product(x_BD, weights):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.dispatch import Implementation, capability, choose, kernel, platform
+from pallas_kernels.norms import rms_norm
 from pallas_kernels.readout import reference
 from pallas_kernels.readout.reference import Readout as Readout
 from pallas_kernels.readout.reference import read_logits as read_logits
@@ -70,17 +71,11 @@ def exit_readout(
         "transposed": transposed,
     }
     chosen = choose("exit_readout", READOUT, implementation, **facts)
-    out = chosen.run(_rms_norm(x_BD, norm_D, eps), weights, transposed=transposed)
+    out = chosen.run(rms_norm(x_BD, norm_D, eps), weights, transposed=transposed)
     if tokens is None:
         return out
     token_B = jnp.where(out.token < 0, -1, jnp.take(tokens, out.token, mode="clip"))
     return dataclasses.replace(out, token=token_B)
-
-
-def _rms_norm(x_BD: jax.Array, norm_D: jax.Array, eps: float) -> jax.Array:
-    wide_BD = x_BD.astype(jnp.float32)
-    wide_BD = wide_BD * jax.lax.rsqrt(jnp.mean(jnp.square(wide_BD), axis=-1, keepdims=True) + eps)
-    return (wide_BD * norm_D.astype(jnp.float32)[None]).astype(x_BD.dtype)
 
 
 def _check(x_BD: jax.Array, norm_D: jax.Array, weights: jax.Array, transposed: bool) -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from dyninf.models import DecoderLayer, RopeScaling, Transformer, stack_layers, unstack_layers
-from dyninf.models.layers import rms_norm, rope_frequencies, rotate
+from dyninf.models.layers import rope_frequencies, rotate
 from dyninf.models.parameters import named_parameters, with_parameters
+from pallas_kernels.norms import rms_norm
 
 
 def randomized(model):

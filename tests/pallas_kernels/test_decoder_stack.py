@@ -38,16 +38,42 @@ def project(state, w, layer, heads, position, frequencies):
     return rotate(q, position, frequencies), rotate(key, position, frequencies), value
 
 
-def oracle(x, weights, k, v, positions, order, planned, frequencies, *, threshold=None, fill=True, window=None):
-    """One sequence at a time, in float64."""
+def slots_in_window(window, layer, keys, q, position):
+    """Return the slots that each key/value head of queries ``[K, G, H]`` reads: all, or those of a window."""
+    return [list(range(0 if window is None else max(0, position - window + 1), position + 1))] * len(q)
+
+
+def oracle(
+    x,
+    weights,
+    k,
+    v,
+    positions,
+    order,
+    planned,
+    frequencies,
+    *,
+    threshold=None,
+    fill=True,
+    window=None,
+    live=None,
+    read=None,
+):
+    """One sequence and key/value head at a time, in float64.
+
+    ``read`` gives the slots that each head reads in a layer, of its keys ``[S, K, H]``, queries and the position.
+    """
+    read = read or functools.partial(slots_in_window, window)
     x, k, v = (np.array(a, np.float64) for a in (x, k, v))
     w = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}
     w = {name: None if leaf is None else np.array(leaf, np.float64) for name, leaf in w.items()}
     ran, entered, held = [], np.zeros((len(order), *x.shape)), (k.copy(), v.copy())
     for b, position in enumerate(np.array(positions)):
-        state, before, stopped = x[b], None, None
+        state, before, stopped = x[b], None, None if live is None or live[b] else 0
         for entry, layer in enumerate(order):
             entered[entry, b] = state
+            if live is not None and not live[b]:
+                continue
             q, key, value = project(state, w, layer, k.shape[3:], position, frequencies)
             if stopped is None and entry and threshold is not None:
                 cosine = state @ before / np.sqrt((state @ state) * (before @ before))
@@ -57,18 +83,18 @@ def oracle(x, weights, k, v, positions, order, planned, frequencies, *, threshol
             k[layer, b, position], v[layer, b, position] = key, value
             if stopped is not None:
                 continue
-            first = 0 if window is None else max(0, position - window + 1)
-            keys, values = k[layer, b, first : position + 1], v[layer, b, first : position + 1]
-            scores = np.einsum("kgh,skh->kgs", q, keys) / np.sqrt(q.shape[-1])
-            probs = np.exp(scores - scores.max(-1, keepdims=True))
-            attended = np.einsum("kgs,skh->kgh", probs / probs.sum(-1, keepdims=True), values)
+            attended = []
+            for head, slots in enumerate(read(layer, k[layer, b], q, position)):
+                scores = q[head] @ k[layer, b, slots, head].T / np.sqrt(q.shape[-1])
+                probs = np.exp(scores - scores.max(-1, keepdims=True))
+                attended.append(probs / probs.sum(-1, keepdims=True) @ v[layer, b, slots, head])
             before = state
-            state = state + attended.reshape(-1) @ w["wo"][layer]
+            state = state + np.reshape(attended, -1) @ w["wo"][layer]
             gate, up = norm(state, w["norm_mlp"][layer]) @ w["w_gate_up"][layer]
             state = state + (gate / (1 + np.exp(-gate)) * up) @ w["w_down"][layer]
         x[b] = state
         ran.append(len(order) if stopped is None else stopped)
-    for layer in () if fill else order[max(ran) :]:
+    for layer in () if fill else set(order) - set(order[: max(ran)]):
         k[layer], v[layer] = held[0][layer], held[1][layer]
     return x, entered[max(ran) - 1], k, v, ran
 

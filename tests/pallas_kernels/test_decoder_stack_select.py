@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from dyninf.models import make_mesh
 from pallas_kernels import Selection, decode_layers, summarize_pages
 from pallas_kernels.partition import partitioned
-from tests.pallas_kernels.test_decoder_stack import EPS, close, frequencies_of, norm, project
+from tests.pallas_kernels.test_decoder_stack import EPS, close, frequencies_of, oracle, slots_in_window
 
 SMALL = {"dtype": "float32", "head_dim": 16, "d_model": 24, "d_ff": 40, "kv_heads": 2, "capacity": 137}
 BOUNDS_16 = Selection(kind="bounds", page_size=16, pages=3)
@@ -24,8 +24,10 @@ def summary_of(keys, kind):
     return keys.mean(0) if kind == "mean" else np.concatenate([keys.max(0), keys.min(0)], axis=-1)
 
 
-def slots_to_read(select, keys, q, position):
+def slots_to_read(select, layer, keys, q, position):
     """Return the slots that each key/value head reads, from keys ``[S, K, H]`` and queries ``[K, G, H]``."""
+    if layer < select.dense_layers:
+        return slots_in_window(None, layer, keys, q, position)
     size = select.page_size
     whole = position // size
     scores = np.zeros((whole, q.shape[0]))
@@ -44,49 +46,6 @@ def slots_to_read(select, keys, q, position):
         pages = sorted(forced | set(others[: select.pages - len(forced)]))
         read.append([slot for page in pages for slot in range(page * size, (page + 1) * size) if slot <= position])
     return read
-
-
-def oracle(x, weights, k, v, positions, select, order, planned, frequencies, *, live=None, threshold=None, fill=True):
-    """One sequence and key/value head at a time, in float64; also which layers stored keys."""
-    x, k, v = (np.array(a, np.float64) for a in (x, k, v))
-    w = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}
-    w = {name: None if leaf is None else np.array(leaf, np.float64) for name, leaf in w.items()}
-    live = (True,) * len(x) if live is None else live
-    ran, entered, held = [], np.zeros((len(order), *x.shape)), (k.copy(), v.copy())
-    for b, position in enumerate(np.array(positions)):
-        state, before, stopped = x[b], None, None if live[b] else 0
-        for entry, layer in enumerate(order):
-            entered[entry, b] = state
-            if not live[b]:
-                continue
-            q, key, value = project(state, w, layer, k.shape[3:], position, frequencies)
-            if stopped is None and entry and threshold is not None:
-                cosine = state @ before / np.sqrt((state @ state) * (before @ before))
-                stopped = entry if cosine > threshold else None
-            if stopped is None and entry >= planned[b]:
-                stopped = entry
-            k[layer, b, position], v[layer, b, position] = key, value
-            if stopped is not None:
-                continue
-            everything = [range(position + 1)] * len(q)
-            dense = layer < select.dense_layers
-            read = everything if dense else slots_to_read(select, k[layer, b], q, position)
-            attended = []
-            for head, slots in enumerate(read):
-                slots = list(slots)
-                scores = q[head] @ k[layer, b, slots, head].T / np.sqrt(q.shape[-1])
-                probs = np.exp(scores - scores.max(-1, keepdims=True))
-                attended.append(probs / probs.sum(-1, keepdims=True) @ v[layer, b, slots, head])
-            before = state
-            state = state + np.reshape(attended, -1) @ w["wo"][layer]
-            gate, up = norm(state, w["norm_mlp"][layer]) @ w["w_gate_up"][layer]
-            state = state + (gate / (1 + np.exp(-gate)) * up) @ w["w_down"][layer]
-        x[b] = state
-        ran.append(len(order) if stopped is None else stopped)
-    stored = set(order) if fill else set(order[: max(ran)])
-    for layer in set(order) - stored:
-        k[layer], v[layer] = held[0][layer], held[1][layer]
-    return (x, entered[max(ran) - 1], k, v, ran), stored
 
 
 def summarize_older(k, positions, select, extra=2):
@@ -198,8 +157,9 @@ def test_selection_agrees_with_numpy(rng, stack_case, name):
     found = decode_layers(
         x, weights, k, v, positions, summary_LBPKX=summary, select=select, implementation="loop", **given
     )
-    about = (x, weights, k, v, positions, select, order, planned, frequencies_of(case))
-    wanted, stored = oracle(*about, **options)
+    read = functools.partial(slots_to_read, select)
+    wanted = oracle(x, weights, k, v, positions, order, planned, frequencies_of(case), read=read, **options)
+    stored = set(order) if options.get("fill", True) else set(order[: max(wanted[-1])])
     close((found.x_BD, found.before_BD, found.k_LBSKH, found.v_LBSKH, found.ran_B), wanted, 1e-5)
     size, live = select.page_size, options.get("live", (True,) * len(planned))
     for layer in range(case.layers):
