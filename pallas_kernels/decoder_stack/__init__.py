@@ -113,7 +113,8 @@ def decode_layers(
     the batch, a device does not know what others run, and stores what ``fill`` does in any case.
 
     Args:
-        positions_B: position of each token, the slot its keys and values go to; slots below it are read.
+        positions_B: position of each token, the slot its keys and values go to; slots below it are read. Of a full
+            cache (position S) all slots are read, and the token itself is not.
         order_M: layers in the order they run, each in [0, L); others are clamped.
         length: entries of the order that exist, the rest is padding; ``None`` for all.
         planned_B: entries that each sequence runs at most.

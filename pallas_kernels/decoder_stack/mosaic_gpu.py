@@ -42,7 +42,6 @@ from pallas_kernels.exchange import EMPTY_BITS, ranks
 from pallas_kernels.partition import num_parts, sharing
 from pallas_kernels.topk_pages import mosaic_gpu as topk_pages
 
-SELECTS = False  # until the choice of pages within the kernel, interpreted and compiled so far, has run on a GPU
 OUTPUTS = (
     "stream",
     "layer_input",
@@ -76,8 +75,6 @@ def refuse(
         return reason
     if dtypes != {jnp.dtype(jnp.bfloat16)}:
         return f"needs weights, states and cache in bfloat16, got {', '.join(sorted(map(str, dtypes)))}"
-    if select is not None and not SELECTS:
-        return "reads every slot, as its choice of pages has not been tried on a GPU yet"
     if reason := refuse_parts(parts, sizes):
         return reason
     if peers > 1 and (reason := refuse_peers(devices)):

@@ -40,7 +40,8 @@ def project(state, w, layer, heads, position, frequencies):
 
 def slots_in_window(window, layer, keys, q, position):
     """Return the slots that each key/value head of queries ``[K, G, H]`` reads: all, or those of a window."""
-    return [list(range(0 if window is None else max(0, position - window + 1), position + 1))] * len(q)
+    first = 0 if window is None else max(0, position - window + 1)
+    return [list(range(first, min(position + 1, len(keys))))] * len(q)
 
 
 def oracle(
@@ -80,7 +81,8 @@ def oracle(
                 stopped = entry if cosine > threshold else None
             if stopped is None and entry >= planned[b]:
                 stopped = entry
-            k[layer, b, position], v[layer, b, position] = key, value
+            if position < k.shape[2]:  # else the cache is full
+                k[layer, b, position], v[layer, b, position] = key, value
             if stopped is not None:
                 continue
             attended = []
@@ -146,6 +148,7 @@ CASES = {
     "every_layer": ({}, (0, 1, 2), (3, 3), {}),
     "biases_and_norms": ({"bias": True, "qk_norm": True, "layers": 1}, (0,), (1, 1), {}),
     "an_order_with_gaps": ({"positions": (0, 135)}, (2, 0), (2, 2), {}),
+    "a_full_cache": ({"positions": (136, 135), "capacity": 136}, (0, 1), (2, 2), {"window": 4}),
     "planned_depths_filled": ({"layers": 4}, (0, 1, 2, 3), (1, 2), {}),
     "planned_depths_left": ({"layers": 2}, (0, 1), (1, 1), {"fill": False}),
     "a_layer_twice": ({"layers": 2}, (1, 0, 1), (1, 1), {}),
@@ -180,7 +183,7 @@ def test_kernel_agrees_with_numpy(rng, stack_case, interpret, name):
 @pytest.mark.parametrize("batch", [1, 3, 9, 33, 64])
 def test_the_kernel_agrees_with_numpy_on_a_gpu(rng, stack_case, name, batch):
     changes, order, planned, options = CASES[name]
-    positions = [0, 135, *rng.integers(0, 136, size=64).tolist()][:batch]
+    positions = [0, 135, 136, *rng.integers(0, 136, size=64).tolist()][:batch]
     sizes = {"d_model": 384, "d_ff": 640, "kv_heads": 3, "positions": tuple(positions)}
     case = stack_case(**changes | sizes)
     planned = (

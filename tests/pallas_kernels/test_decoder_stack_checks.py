@@ -205,7 +205,6 @@ def test_the_kernel_lowers_for_hopper_gpus(monkeypatch, batch, axes, select):
     summary = None if select is None else shape((32, batch, 128, 8, {"mean": 128, "bounds": 256}[select.kind]), dtype)
     given = (shape((batch, 4096), dtype), weights, cache, cache, shape((batch,), jnp.int32), summary)
     leaves, tree = jax.tree.flatten(given)
-    monkeypatch.setattr(mosaic_gpu, "SELECTS", True)
     device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
     kinds = (AxisType.Auto,) * len(axes)
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=kinds, abstract_device=device)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dyninf.models import make_mesh
-from pallas_kernels.decoder_stack import Selection, decode_layers, mosaic_gpu
+from pallas_kernels.decoder_stack import Selection, decode_layers
 from pallas_kernels.dispatch import MOSAIC_GPU_JAX
 from pallas_kernels.page_scores import summarize_pages
 from pallas_kernels.partition import partitioned
@@ -89,6 +89,7 @@ CASES = {
     "means": ({}, {"kind": "mean", "page_size": 16, "pages": 6, "sinks": 1, "recent": 2}, (0, 1), (2, 2), {}),
     "a_page_ends": ({"positions": (255, 64)}, {"page_size": 64, "pages": 3}, (0, 1), (2, 2), {}),
     "large_pages": ({"positions": (256, 255)}, {"page_size": 128, "pages": 2}, (1, 0), (2, 2), {}),
+    "a_full_cache": ({"positions": (328, 327)}, {"page_size": 32, "pages": 1, "sinks": 0}, (0, 1), (2, 2), {}),
     "filled": ({"positions": (287, 127)}, {"page_size": 32, "pages": 3}, (0, 1), (1, 0), {}),
     "a_dense_layer": ({"layers": 3}, {"page_size": 32, "pages": 3, "dense_layers": 1}, (0, 2), (2, 2), {}),
     "a_rule": ({"layers": 3}, {"page_size": 64, "pages": 2}, (0, 1, 2), (3, 3), {"threshold": 0.9}),
@@ -122,11 +123,6 @@ LONG = {
 }
 
 
-@pytest.fixture
-def selects(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "SELECTS", True)
-
-
 def run_on_gpus(*arrays, **options):
     """Run the kernel twice, which must give the same bits."""
     step = jax.jit(functools.partial(decode_layers, implementation="mosaic_gpu", **options))
@@ -144,7 +140,6 @@ def long_case(rng, batch, group=4, **changes):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("selects")
 @pytest.mark.parametrize(
     ("name", "batch", "group", "capacity"),
     [
@@ -170,7 +165,6 @@ def test_the_kernel_agrees_with_the_loop_on_a_gpu(rng, stack_case, name, batch, 
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("selects")
 @pytest.mark.parametrize("batch", [1, 9])
 def test_a_rule_and_means_agree_with_the_loop_on_a_gpu(rng, stack_case, batch):
     """Few pages of means, so that no two are worth nearly the same."""
@@ -181,7 +175,6 @@ def test_a_rule_and_means_agree_with_the_loop_on_a_gpu(rng, stack_case, batch):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("selects")
 def test_steps_read_the_summaries_that_steps_before_them_wrote(rng, stack_case):
     """Pages end within three steps, at whose end one cache is full; a layer runs twice in each."""
     select = Selection(kind="bounds", **LONG["pages_of_64"])
@@ -206,7 +199,6 @@ def test_steps_read_the_summaries_that_steps_before_them_wrote(rng, stack_case):
 
 
 @pytest.mark.multigpu
-@pytest.mark.usefixtures("selects")
 @pytest.mark.parametrize(("name", "batch"), [("pages_of_64", 1), ("pages_of_16", 9)])
 def test_devices_that_share_layers_choose_for_their_heads(rng, stack_case, name, batch):
     select = Selection(kind="bounds", **LONG[name])
