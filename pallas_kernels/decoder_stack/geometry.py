@@ -10,7 +10,7 @@ import dataclasses
 UNIT = 128
 QKV, ATTENTION, OUT, GATE_UP, DOWN = range(5)  # phases of a layer; scores of pages come between the first two
 MAX_ROWS = 64
-MAX_SPLITS = 16
+MAX_SPLITS = 64
 MAX_GROUP = 23  # and a column for the new key
 PAGE_SIZES = (16, 32, 64, 128)
 MAX_PAGES = 8192  # whose bits have room in shared memory
@@ -171,6 +171,14 @@ class Geometry:
     def splits_together(self) -> int:
         """Splits that are asked for at once."""
         return {8: 4, 16: 2, 24: 1}[self.head_rows]
+
+    @property
+    def split_group(self) -> int:
+        """Splits whose first one combines them, before the first of all combines the groups: in the fewest turns."""
+        together = self.splits_together
+        turns = lambda others: -(-others // together)  # noqa: E731
+        sizes = range(together + 1, self.splits + together + 1, together)
+        return min(sizes, key=lambda size: turns(size - 1) + turns(-(-self.splits // size) - 1))
 
 
 def refuse_parts(parts: dict[str, int], sizes: dict[str, int]) -> str | None:

@@ -153,15 +153,17 @@ class Attention:
         return low * over(decay) + mixed[0], high * over(decay) + mixed[1], new_top, mass
 
     def finish_item(self, entry, layer, at, state):
-        """Hand a split to the first one of its head, or collect them all there."""
+        """Combine the splits of a head: those of a group in its first one, and the groups in the first of all."""
         g, r, grid = self.g, self.r, self.grid
         over = lambda vector: lax.broadcast_in_dim(vector, (64, g.head_rows), [1])  # noqa: E731
         state = *state[:2], *(over(vector) for vector in state[2:])
-        if g.splits > 1:
 
-            @pl.when((at.split != 0) & (at.split < at.splits))
-            def _():
-                put(r.split.at[at.item], state)
+        few = 2 * g.splits_together + 1  # are combined as fast without groups
+        size = jnp.where(at.splits <= few, few, g.split_group)
+        leads, last = lax.rem(at.split, size) == 0, jnp.minimum(at.split + size, at.splits) - 1
+        combine_group = lambda: self.merge(at, state, 1, jnp.where(leads, last, at.split))  # noqa: E731
+        if g.splits > 1:
+            pl.when((at.split != 0) & (at.split < at.splits))(lambda: put(r.split.at[at.item], combine_group()))
 
         @pl.when(at.split == 0)
         def _():
@@ -177,8 +179,7 @@ class Attention:
 
             merged = state
             if g.splits > 1:
-                turns = lax.div(at.splits - 1 + g.splits_together - 1, g.splits_together)
-                merged = lax.fori_loop(0, turns, functools.partial(self.merge, at), state)
+                merged = self.merge(at, combine_group(), size, lax.div(at.splits - 1, size) * size)
             low, high, _, mass = merged
             for i, mixed in enumerate((low, high)):
                 r.staged_o.at[i].T[...] = (mixed / mass).astype(DTYPE)
@@ -189,17 +190,22 @@ class Attention:
                     plgpu.copy_smem_to_gmem(r.staged_o.at[i, query], r.attended.at[at.batch, features])
             plgpu.wait_smem_to_gmem(0)
 
-    def merge(self, at, turn, state):
-        """Combine some further splits of a head with what has been combined."""
+    def merge(self, at, state, step, last):
+        """Combine a split with those behind it, so many apart, until the last one."""
         g = self.g
-        others = [turn * g.splits_together + offset for offset in range(1, g.splits_together + 1)]
-        found = take([self.r.split.at[at.item + jnp.minimum(other, at.splits - 1)] for other in others])
-        splits = [state]
-        for other, (low, high, top, mass) in zip(others, found, strict=True):
-            splits.append((low, high, keep_if(other < at.splits, top, EMPTY), mass))
-        top = functools.reduce(jnp.maximum, [split[2] for split in splits])
-        shares = [jnp.exp2(split[2] - top) for split in splits]
-        add = lambda i: functools.reduce(  # noqa: E731
-            jnp.add, [share * split[i] for share, split in zip(shares, splits, strict=True)]
-        )
-        return add(0), add(1), top, add(3)
+
+        def turn(turn, state):
+            others = [at.split + step * (turn * g.splits_together + i + 1) for i in range(g.splits_together)]
+            found = take([self.r.split.at[at.item - at.split + jnp.minimum(other, last)] for other in others])
+            splits = [state]
+            for other, (low, high, top, mass) in zip(others, found, strict=True):
+                splits.append((low, high, keep_if(other <= last, top, EMPTY), mass))
+            top = functools.reduce(jnp.maximum, [split[2] for split in splits])
+            shares = [jnp.exp2(split[2] - top) for split in splits]
+            add = lambda i: functools.reduce(  # noqa: E731
+                jnp.add, [share * split[i] for share, split in zip(shares, splits, strict=True)]
+            )
+            return add(0), add(1), top, add(3)
+
+        turns = lax.div(last - at.split + step * g.splits_together - 1, step * g.splits_together)
+        return lax.fori_loop(0, turns, turn, state)

@@ -223,3 +223,14 @@ def test_few_blocks_with_many_units_each_agree_with_numpy_on_a_gpu(rng, stack_ca
     case = stack_case(**changes | {"d_model": 384, "d_ff": 1536, "kv_heads": 3, "positions": positions})
     kernel = jax.jit(functools.partial(mosaic_gpu.decode_layers, blocks=5), static_argnames=("eps", "fill", "window"))
     close(*run(case, rng, order, [len(order)] * batch, kernel=kernel, **options), 0.03)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [4, 9, 20])
+@pytest.mark.parametrize("positions", [(12000,), (900, 5000), (1023, 1024, 0, 2049)], ids=len)
+def test_many_splits_of_a_head_agree_with_numpy_on_a_gpu(rng, stack_case, group, positions):
+    """As many as 64, which are combined in groups, or few enough to go without."""
+    sizes = {"layers": 2, "d_model": 256, "d_ff": 256, "kv_heads": 2, "capacity": 12288}
+    case = stack_case(**sizes, group=group, positions=positions)
+    kernel = jax.jit(mosaic_gpu.decode_layers, static_argnames=("eps", "fill", "window"))
+    close(*run(case, rng, (1, 0), [2] * len(positions), kernel=kernel), 0.03)
