@@ -72,7 +72,7 @@ def cases(stacked: bool, arguments: Any) -> Iterator[tuple[int, int, str, Plan]]
                 found["half"] = Plan(depth=depth.ExitAt(layer=layers // 2))
                 with contextlib.suppress(ValueError):
                     found["exits"] = Plan(depth=recorded_depths(arguments.depths, layers, batch))
-            elif context > 2 * BUDGET:
+            if context > 2 * BUDGET:
                 found["select"] = select()
             yield from ((batch, context, name, plan) for name, plan in found.items())
 

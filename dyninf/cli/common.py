@@ -62,7 +62,8 @@ def add_layout_options(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--stacked",
         action="store_true",
-        help="stack the layers: on Hopper GPUs one kernel runs them all, with plans that evict or select nothing",
+        help="stack the layers: on Hopper GPUs one kernel runs them all; not with plans that evict, or select by other "
+        "scores than those of Quest and PageMean",
     )
 
 

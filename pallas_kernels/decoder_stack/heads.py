@@ -158,10 +158,8 @@ class Attention:
         over = lambda vector: lax.broadcast_in_dim(vector, (64, g.head_rows), [1])  # noqa: E731
         state = *state[:2], *(over(vector) for vector in state[2:])
 
-        few = 2 * g.splits_together + 1  # are combined as fast without groups
-        size = jnp.where(at.splits <= few, few, g.split_group)
-        leads, last = lax.rem(at.split, size) == 0, jnp.minimum(at.split + size, at.splits) - 1
-        combine_group = lambda: self.merge(at, state, 1, jnp.where(leads, last, at.split))  # noqa: E731
+        size, last = self.group(at)
+        combine_group = lambda: self.merge(at, state, 1, last)  # noqa: E731
         if g.splits > 1:
             pl.when((at.split != 0) & (at.split < at.splits))(lambda: put(r.split.at[at.item], combine_group()))
 
@@ -189,6 +187,13 @@ class Attention:
                     features = pl.ds((at.kv_head * g.group + query) * g.head_dim + i * 64, 64)
                     plgpu.copy_smem_to_gmem(r.staged_o.at[i, query], r.attended.at[at.batch, features])
             plgpu.wait_smem_to_gmem(0)
+
+    def group(self, at):
+        """Return how many splits make a group, and the last one of it where this is the first, else this one."""
+        few = 2 * self.g.splits_together + 1  # are combined as fast without groups
+        size = jnp.where(at.splits <= few, few, self.g.split_group)
+        last = jnp.minimum(at.split + size, at.splits) - 1
+        return size, jnp.where(lax.rem(at.split, size) == 0, last, at.split)
 
     def merge(self, at, state, step, last):
         """Combine a split with those behind it, so many apart, until the last one."""

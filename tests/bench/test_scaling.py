@@ -30,7 +30,7 @@ def test_every_program_is_a_row(small, capsys):
     assert scaling.main(["--mesh", "data=2,tensor=4", "--prompt", "256", "--prefill-chunk", "128", *SIZES]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     found = [(row["plan"], row["stacked"], row["batch"], row["context"]) for row in rows]
-    stacked = [(name, True, 2, 16) for name in ("dense", "half", "exits")]
+    stacked = [(name, True, 2, 16) for name in ("dense", "half", "exits", "select")]
     assert found == [*stacked, ("prompt", False, 1, 256), ("dense", False, 2, 16), ("select", False, 2, 16)]
     dense, half = rows[0], rows[1]
     assert (dense["layers_run"], half["layers_run"]) == (4, 2)
@@ -45,7 +45,7 @@ def test_what_does_not_fit_is_said(small, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "room", lambda: 1000.0)
     assert scaling.main(["--mesh", "tensor=4", "--prompt", "0", *SIZES]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["plan"] for row in rows] == ["dense", "half", "exits", "dense", "select"]
+    assert [row["plan"] for row in rows] == ["dense", "half", "exits", "select", "dense", "select"]
     # By hand: weights 4 * 4608 and two vocabularies of 64 * 16 on four devices; 2 * 16 tokens of 4 layers of 2 * 32.
     needed = (4 * 4608 + 2 * 64 * 16) / 4 + 2 * 16 * 4 * 2 * 32 / 4
     assert all(row["needed_gib"] == pytest.approx(needed * jnp.float32(0).itemsize / 2**30) for row in rows)
