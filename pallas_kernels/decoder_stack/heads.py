@@ -2,7 +2,7 @@
 
 Scores and mixed values are held transposed, 64 slots or features by the rows of one key/value head: its queries, one
 column each, beside a column for the new key that nobody reads. The first split of a head begins with the new token and
-combines what the others find.
+combines what the others find; of many splits the first of each group does so before.
 """
 
 import functools
