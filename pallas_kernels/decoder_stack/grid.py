@@ -79,9 +79,7 @@ class Grid:
             older = jnp.where(chooses, held, older)
         first = 0 if window is None else lax.div(jnp.maximum(older - window + 1, 0), UNIT)
         chunks = lax.div(older + UNIT - 1, UNIT) - first
-        once = g.splits_together + 1  # splits that one turn combines, which a few more chunks each do not outweigh
-        splits = jnp.where(chunks <= 3 * once, jnp.minimum(chunks, once), chunks)
-        splits = jnp.clip(splits, 1, g.splits)  # those with anything to read
+        splits = jnp.clip(chunks, 1, g.splits)  # those with anything to read
         bound = lambda split: first + lax.div(jnp.minimum(split, splits) * chunks, splits)  # noqa: E731
         return SimpleNamespace(
             item=item, head=head, batch=batch, kv_head=kv_head, split=split, splits=splits, older=older,

@@ -189,14 +189,6 @@ def load_shared(at: Word) -> Word:
     return _instruction("ld.shared.b32 $0, [$1];", at)
 
 
-def load_shared_many(at: Word, count: int, width: int = 32) -> list[Word]:
-    """Load 16 aligned bytes of shared memory, as so many words of so many bits."""
-    names = ", ".join(f"${i}" for i in range(count))
-    text = f"ld.shared.v{count}.b{width} {{{names}}}, [${count}];"
-    kinds = [_bits(width)] * count
-    return list(map(Word, mgpu.utils.inline_ptx(text, at.value, result_types=kinds, has_side_effects=True)))
-
-
 def store_shared(at: Word, numbers: Sequence[Word], condition: Word) -> None:
     """Store one or two words of 32 bits in shared memory where the condition holds."""
     kind, numbered = ("b32", "$1") if len(numbers) == 1 else ("v2.b32", "{$1, $2}")
