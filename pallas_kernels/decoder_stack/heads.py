@@ -158,6 +158,11 @@ class Attention:
         over = lambda vector: lax.broadcast_in_dim(vector, (64, g.head_rows), [1])  # noqa: E731
         state = *state[:2], *(over(vector) for vector in state[2:])
 
+        size, last = self.group(at)
+        combine_group = lambda: self.merge(at, state, 1, last)  # noqa: E731
+        if g.splits > 1:
+            pl.when((at.split != 0) & (at.split < at.splits))(lambda: put(r.split.at[at.item], combine_group()))
+
         @pl.when(at.split == 0)
         def _():
             grid.wait(g.phase(entry, ATTENTION), worker=True)
@@ -170,48 +175,36 @@ class Attention:
                     new = [load(r.heads, (0, at.head, g.group, pl.ds(i * 64, 64)), ROWS) for i in (0, 1)]
                     self.summarize(layer, at.batch, at.kv_head, new)
 
-        @pl.when(at.split < at.splits)
-        def _():
-            combined = self.combine(at, state) if g.splits > 1 else state
+            merged = state
             if g.splits > 1:
-                pl.when(at.split != 0)(lambda: put(r.split.at[at.item], combined))
-            pl.when(at.split == 0)(lambda: self.finish_head(at, combined))
+                merged = self.merge(at, combine_group(), size, lax.div(at.splits - 1, size) * size)
+            low, high, _, mass = merged
+            for i, mixed in enumerate((low, high)):
+                r.staged_o.at[i].T[...] = (mixed / mass).astype(DTYPE)
+            plgpu.commit_smem()
+            for query in range(g.group):
+                for i in (0, 1):
+                    features = pl.ds((at.kv_head * g.group + query) * g.head_dim + i * 64, 64)
+                    plgpu.copy_smem_to_gmem(r.staged_o.at[i, query], r.attended.at[at.batch, features])
+            plgpu.wait_smem_to_gmem(0)
 
-    def finish_head(self, at, state):
-        """Write what a head attends to."""
-        g, r = self.g, self.r
-        low, high, _, mass = state
-        for i, mixed in enumerate((low, high)):
-            r.staged_o.at[i].T[...] = (mixed / mass).astype(DTYPE)
-        plgpu.commit_smem()
-        for query in range(g.group):
-            for i in (0, 1):
-                features = pl.ds((at.kv_head * g.group + query) * g.head_dim + i * 64, 64)
-                plgpu.copy_smem_to_gmem(r.staged_o.at[i, query], r.attended.at[at.batch, features])
-        plgpu.wait_smem_to_gmem(0)
+    def group(self, at):
+        """Return how many splits make a group, and the last one of it where this is the first, else this one."""
+        few = 2 * self.g.splits_together + 1  # are combined as fast without groups
+        size = jnp.where(at.splits <= few, few, self.g.split_group)
+        last = jnp.minimum(at.split + size, at.splits) - 1
+        return size, jnp.where(lax.rem(at.split, size) == 0, last, at.split)
 
-    def combine(self, at, state):
-        """Combine a split with the others of the group it leads, and then, if it is the first of all, the groups.
-
-        One loop does both: code that runs once a layer is not in the instruction cache by then.
-        """
-        g, once = self.g, self.g.splits_together
-        few = 2 * once + 1  # are combined as fast without groups
-        size = jnp.where(at.splits <= few, few, g.split_group)
-        last = jnp.where(lax.rem(at.split, size) == 0, jnp.minimum(at.split + size, at.splits) - 1, at.split)
-        last_group = jnp.where(at.split == 0, lax.div(at.splits - 1, size) * size, 0)
-        turns = lax.div(last - at.split + once - 1, once)
-        all_turns = turns + lax.div(lax.div(last_group, size) + once - 1, once)
+    def merge(self, at, state, step, last):
+        """Combine a split with those behind it, so many apart, until the last one."""
+        g = self.g
 
         def turn(turn, state):
-            of_groups = turn >= turns
-            begin = at.split + jnp.where(of_groups, (turn - turns) * once * size, turn * once)
-            step, end = jnp.where(of_groups, size, 1), jnp.where(of_groups, last_group, last)
-            others = [begin + step * (i + 1) for i in range(once)]
-            found = take([self.r.split.at[at.item - at.split + jnp.minimum(other, end)] for other in others])
+            others = [at.split + step * (turn * g.splits_together + i + 1) for i in range(g.splits_together)]
+            found = take([self.r.split.at[at.item - at.split + jnp.minimum(other, last)] for other in others])
             splits = [state]
             for other, (low, high, top, mass) in zip(others, found, strict=True):
-                splits.append((low, high, keep_if(other <= end, top, EMPTY), mass))
+                splits.append((low, high, keep_if(other <= last, top, EMPTY), mass))
             top = functools.reduce(jnp.maximum, [split[2] for split in splits])
             shares = [jnp.exp2(split[2] - top) for split in splits]
             add = lambda i: functools.reduce(  # noqa: E731
@@ -219,4 +212,5 @@ class Attention:
             )
             return add(0), add(1), top, add(3)
 
-        return lax.fori_loop(0, all_turns, turn, state)
+        turns = lax.div(last - at.split + step * g.splits_together - 1, step * g.splits_together)
+        return lax.fori_loop(0, turns, turn, state)

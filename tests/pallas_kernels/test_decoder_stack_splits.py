@@ -39,9 +39,11 @@ def test_splits_of_a_head_are_combined_once_each(rng, monkeypatch, splits, group
     monkeypatch.setattr(heads.lax, "fori_loop", loop)
     for split in reversed(range(splits)):
         at = SimpleNamespace(item=item + split, split=jnp.int32(split), splits=jnp.int32(splits))
+        size, last = heads.Attention.group(worker, at)
         turns.append(0)
-        handed[item + split] = heads.Attention.combine(worker, at, states[split])
-    low, high, top, mass = handed.pop(item)
+        state = heads.Attention.merge(worker, at, states[split], 1, last)
+        handed[item + split] = state
+    low, high, top, mass = heads.Attention.merge(worker, at, handed.pop(item), size, (splits - 1) // size * size)
     assert not handed
     assert max(turns) <= most_turns
     shares = np.exp2(tops - tops.max())
