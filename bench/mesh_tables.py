@@ -59,11 +59,12 @@ def exchange_table() -> str:
 def scaling_table() -> str:
     """Return what a model does on four GPUs, against the bytes it must read, dense decoding, and two GPUs."""
     rows, two = read_rows("scaling_h200"), _on_two()
-    dense = {(row["mesh"], row["batch"]): row for row in rows if row["plan"] == "dense"}
+    case = lambda row: tuple(row[name] for name in ("mesh", "stacked", "batch", "context"))  # noqa: E731
+    dense = {case(row): row for row in rows if row["plan"] == "dense"}
     lines = []
     for row in rows:
         beyond = 1000 * (row["median_ms"] - row["floor_ms"]) / row["layers_run"]
-        fewer = two.get(row["plan"]) if row["batch"] == 1 else None
+        fewer = two.get(row["plan"], {}) if row["batch"] == 1 else {}
         lines.append(
             [
                 row["mesh"].replace(",", ", "),
@@ -76,8 +77,8 @@ def scaling_table() -> str:
                 f"{beyond:.0f} us",
                 f"{1000 * row['collectives_ms']:.0f} us",
                 f"{row['peak_gib']:.0f}",
-                f"{dense[row['mesh'], row['batch']]['median_ms'] / row['median_ms']:.2f}x",
-                f"{fewer['median_ms'] / row['median_ms']:.2f}x" if fewer else "",
+                f"{dense[case(row)]['median_ms'] / row['median_ms']:.2f}x",
+                f"{fewer['median_ms'] / row['median_ms']:.2f}x" if fewer.get("context") == row["context"] else "",
             ]
         )
     head = ["mesh", "plan", "batch", "layers run", "ms a step", "tokens/s", "of the floor", "beyond it, a layer"]

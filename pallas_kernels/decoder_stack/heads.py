@@ -34,7 +34,7 @@ class Attention:
                 pl.when(at.split != 0)(lambda: warm([r.split.at[at.item, i] for i in range(4)]))
             plgpu.barrier_wait(r.head_full)
             slot = plgpu.broadcasted_iota(jnp.int32, (64, g.head_rows), 0, layout=TILE)
-            kept = self.r.position[at.batch] < g.capacity  # the new token of a full cache is seen by nobody
+            kept = r.position[at.batch] < g.capacity  # the new token of a full cache is seen by nobody
             state = self.attend_itself(((at.split == 0) & kept).astype(F32))
 
             def chunk(c, carry):
