@@ -43,9 +43,7 @@ def ranks(mesh, axes):
 
 def empty(ref):
     """Mark the tiles of a slot ``[..., 64, rows]`` of global memory as not written."""
-    mark = functools.partial(_empty, TILE)
-    for at in np.ndindex(*ref.shape[:-2]):
-        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(mark)(ref.at[at])
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(functools.partial(_empty, TILE, 2))(ref)
 
 
 def put(ref, tiles):
@@ -68,15 +66,14 @@ def take(refs, *, scope="gpu", layout=TILE):
     A slot may be given several times. ``scope`` is ``"sys"`` where other devices write.
     """
     count, *shape = refs[0].shape
-    tiles = [ref.at[i] for ref in refs for i in range(count)]
-    returned = [plgpu.ShapeDtypeStruct(tuple(shape), jnp.float32, layout=layout)] * len(tiles)
-    read = functools.partial(_take, layout, scope)
-    found = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(tiles), return_type=returned)(read)(*tiles)
+    returned = [plgpu.ShapeDtypeStruct(tuple(shape), jnp.float32, layout=layout)] * (count * len(refs))
+    read = functools.partial(_take, layout, len(shape), scope)
+    found = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs), return_type=returned)(read)(*refs)
     return [found[i : i + count] for i in range(0, len(found), count)]
 
 
 def warm(refs):
-    """Ask tiles ``[64, rows]`` into the L2 cache, from which streaming weights have driven them.
+    """Ask tiles ``[..., 64, rows]`` into the L2 cache, from which streaming weights have driven them.
 
     A store to a line that is not there takes as long as a load of it.
     """
@@ -84,12 +81,14 @@ def warm(refs):
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(_warm)(ref)
 
 
-def _places(layout, ref):
-    """Return the shape of this thread's registers of a tile, and each pair's place in memory.
+def _places(layout, rank, ref):
+    """Return the shape of this thread's registers of a tile, and each pair's place in memory, tile by tile of a slot.
 
-    A place is an address, the same for all, and a number of bytes behind it, which costs a thread no register.
+    A place is an address, the same for all, and a number of bytes behind it, which costs a thread no register. The last
+    ``rank`` dimensions are those of a tile, which lies in one piece.
     """
-    layout, shape = layout.to_mgpu(), tuple(ir.MemRefType(ref.type).shape)
+    slot = ir.MemRefType(ref.type)
+    layout, shape = layout.to_mgpu(), tuple(slot.shape[-rank:])
     registers = layout.registers_shape(shape)
     linear, *rest = next(iter(layout.thread_idxs(shape)))
     for size, index in zip(shape[1:], rest, strict=True):
@@ -101,33 +100,37 @@ def _places(layout, ref):
         behind = [np.dot(at, strides) for at in np.ndindex(*registers)]
     else:
         behind = [i * mgpu.utils.WARPGROUP_SIZE * layout.vec_size for i in range(math.prod(registers))]
-    return registers, [(first, 4 * numbers) for numbers in behind]
+    strides, _ = slot.get_strides_and_offset()
+    tiles = [np.dot(at, strides[:-rank]) for at in np.ndindex(*slot.shape[:-rank])]
+    return registers, [(first, int(4 * (tile + pair))) for tile in tiles for pair in behind]
 
 
-def _empty(layout, ctx, ref):
+def _empty(layout, rank, ctx, ref):
     bits = mgpu.c(EMPTY_BITS, ir.IntegerType.get_signless(32))
-    for first, behind in _places(layout, ref)[1]:
+    for first, behind in _places(layout, rank, ref)[1]:
         store = f"st.relaxed.gpu.global.v2.b32 [$0+{behind}], {{$1, $1}};"
         mgpu.utils.inline_ptx(store, first, bits, has_side_effects=True)
 
 
 def _warm(ctx, ref):
-    for first, behind in _places(TILE, ref)[1]:
+    for first, behind in _places(TILE, 2, ref)[1]:
         mgpu.utils.inline_ptx(f"prefetch.global.L2 [$0+{behind}];", first, has_side_effects=True)
 
 
 def _send(layout, ctx, ref, tile):
     i64 = ir.IntegerType.get_signless(64)
-    for (first, behind), pair in zip(_places(layout, ref)[1], tile.registers.flat, strict=True):
+    places = _places(layout, len(tile.shape), ref)[1]
+    for (first, behind), pair in zip(places, tile.registers.flat, strict=True):
         bits = mgpu.utils.bitcast(pair, i64)
         mgpu.utils.inline_ptx(f"st.relaxed.sys.global.b64 [$0+{behind}], $1;", first, bits, has_side_effects=True)
 
 
-def _take(layout, scope, ctx, *refs):
+def _take(layout, rank, scope, ctx, *refs):
     i32 = ir.IntegerType.get_signless(32)
     unwritten = mgpu.c(EMPTY_BITS, i32)
-    tiles = [_places(layout, ref) for ref in refs]
-    places = [place for _, found in tiles for place in found]
+    slots = [_places(layout, rank, ref) for ref in refs]
+    shape = slots[0][0]
+    places = [place for _, found in slots for place in found]
     loop = scf.WhileOp([i32] * (2 * len(places)), [mgpu.c(0, i32)] * (2 * len(places)))
     before = loop.before.blocks.append(*[i32] * (2 * len(places)))
     with ir.InsertionPoint.at_block_begin(before):
@@ -146,11 +149,11 @@ def _take(layout, scope, ctx, *refs):
     with ir.InsertionPoint.at_block_begin(after):
         scf.yield_(list(after.arguments))
     for ref in refs:
-        _empty(layout, ctx, ref)
+        _empty(layout, rank, ctx, ref)
     single = ir.VectorType.get((1,), ir.F32Type.get())
     numbers = iter([mgpu.utils.bitcast(bits, single) for bits in loop.results])
     arrays = []
-    for shape, _ in tiles:
+    for _ in range(len(places) // math.prod(shape)):
         registers = np.empty(shape, dtype=object)
         for index in np.ndindex(*shape):
             registers[index] = mgpu.utils.vector_concat([next(numbers), next(numbers)])

@@ -168,17 +168,25 @@ class Geometry:
         return (2, self.peers, self.tiles, 2, 64, self.rows) if self.peers > 1 else (1,)
 
     @property
-    def splits_together(self) -> int:
-        """Splits that are asked for at once."""
-        return {8: 4, 16: 2, 24: 1}[self.head_rows]
+    def shared_features(self) -> int:
+        """Features that one block combines, of what all splits of a head have mixed."""
+        return 32 if self.splits >= 4 else 64
 
     @property
-    def split_group(self) -> int:
-        """Splits whose first one combines them, before the first of all combines the groups: in the fewest turns."""
-        together = self.splits_together
-        turns = lambda others: -(-others // together)  # noqa: E731
-        sizes = range(together + 1, self.splits + together + 1, together)
-        return min(sizes, key=lambda size: turns(size - 1) + turns(-(-self.splits // size) - 1))
+    def sharers(self) -> int:
+        """Splits of a head that combine its features, the first ones."""
+        return self.head_dim // self.shared_features
+
+    @property
+    def splits_together(self) -> int:
+        """Splits whose part of the features is asked for at once; more would not fit a thread's registers."""
+        turns = -(-self.splits // {8: 17, 16: 8, 24: 5}[self.head_rows])
+        return -(-self.splits // turns)
+
+    @property
+    def split_places(self) -> int:
+        """Splits that could be asked for: whole turns."""
+        return -(-self.splits // self.splits_together) * self.splits_together
 
 
 def refuse_parts(parts: dict[str, int], sizes: dict[str, int]) -> str | None:

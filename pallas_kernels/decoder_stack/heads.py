@@ -1,8 +1,9 @@
 """Attention within the decoder stack's kernel; see :mod:`pallas_kernels.decoder_stack.mosaic_gpu`.
 
 Scores and mixed values are held transposed, 64 slots or features by the rows of one key/value head: its queries, one
-column each, beside a column for the new key that nobody reads. The first split of a head begins with the new token and
-combines what the others find; of many splits the first of each group does so before.
+column each, beside a column for the new key that nobody reads. The first split of a head begins with the new token. All
+hand what they find to the first few of them, each of which combines it for its part of the features: one trip through
+memory, however many splits there are.
 """
 
 import functools
@@ -14,10 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decoder_stack.geometry import ATTENTION, UNIT
-from pallas_kernels.decoder_stack.tiles import DTYPE, F32, ROWS, TILE, keep_if, load
+from pallas_kernels.decoder_stack.tiles import DTYPE, F32, PART, ROWS, TILE, divide, load
 from pallas_kernels.exchange import put, take, warm
 
 EMPTY = -1e30  # score of a slot that must not be read: exp2 of its distance to any score is 0
+TINY = 1e-30  # below any mass but nothing's
 LOG2E = math.log2(math.e)
 
 
@@ -31,7 +33,7 @@ class Attention:
         def turn(turn, count):
             at = self.grid.item(turn, layer)
             if g.splits > 1:
-                pl.when(at.split != 0)(lambda: warm([r.split.at[at.item, i] for i in range(4)]))
+                warm([r.split.at[at.head, :, pl.ds(2 * at.split, 2)]])
             plgpu.barrier_wait(r.head_full)
             slot = plgpu.broadcasted_iota(jnp.int32, (64, g.head_rows), 0, layout=TILE)
             kept = r.position[at.batch] < g.capacity  # the new token of a full cache is seen by nobody
@@ -153,15 +155,22 @@ class Attention:
         return low * over(decay) + mixed[0], high * over(decay) + mixed[1], new_top, mass
 
     def finish_item(self, entry, layer, at, state):
-        """Combine the splits of a head: those of a group in its first one, and the groups in the first of all."""
+        """Store the new keys and values, and write what a head attends to.
+
+        Where a head has several splits, each hands its part to the first few, which add some of the features each.
+        """
         g, r, grid = self.g, self.r, self.grid
         over = lambda vector: lax.broadcast_in_dim(vector, (64, g.head_rows), [1])  # noqa: E731
-        state = *state[:2], *(over(vector) for vector in state[2:])
-
-        size, last = self.group(at)
-        combine_group = lambda: self.merge(at, state, 1, last)  # noqa: E731
+        low, high, top, mass = state
+        halves = [half / over(jnp.maximum(mass, TINY)) for half in (low, high)]
         if g.splits > 1:
-            pl.when((at.split != 0) & (at.split < at.splits))(lambda: put(r.split.at[at.item], combine_group()))
+            log_mass = over(jnp.where(mass > 0, top + jnp.log2(jnp.maximum(mass, TINY)), EMPTY))
+            self.hand_over(at, at.split, halves, log_mass)
+            nothing = plgpu.layout_cast(jnp.zeros((64, g.head_rows), F32), TILE)
+            if g.split_places > g.splits:
+                pl.when(at.split < g.split_places - g.splits)(
+                    lambda: self.hand_over(at, at.split + g.splits, [nothing] * 2, nothing + EMPTY)
+                )
 
         @pl.when(at.split == 0)
         def _():
@@ -175,42 +184,53 @@ class Attention:
                     new = [load(r.heads, (0, at.head, g.group, pl.ds(i * 64, 64)), ROWS) for i in (0, 1)]
                     self.summarize(layer, at.batch, at.kv_head, new)
 
-            merged = state
-            if g.splits > 1:
-                merged = self.merge(at, combine_group(), size, lax.div(at.splits - 1, size) * size)
-            low, high, _, mass = merged
-            for i, mixed in enumerate((low, high)):
-                r.staged_o.at[i].T[...] = (mixed / mass).astype(DTYPE)
-            plgpu.commit_smem()
-            for query in range(g.group):
-                for i in (0, 1):
-                    features = pl.ds((at.kv_head * g.group + query) * g.head_dim + i * 64, 64)
-                    plgpu.copy_smem_to_gmem(r.staged_o.at[i, query], r.attended.at[at.batch, features])
-            plgpu.wait_smem_to_gmem(0)
+        if g.splits == 1:
+            self.write_attended(at, 0, halves)
+        else:
+            pl.when(at.split < g.sharers)(lambda: self.write_attended(at, at.split, [self.combine(at)]))
 
-    def group(self, at):
-        """Return how many splits make a group, and the last one of it where this is the first, else this one."""
-        few = 2 * self.g.splits_together + 1  # are combined as fast without groups
-        size = jnp.where(at.splits <= few, few, self.g.split_group)
-        last = jnp.minimum(at.split + size, at.splits) - 1
-        return size, jnp.where(lax.rem(at.split, size) == 0, last, at.split)
+    def turns_of_splits(self, at):
+        """Return how often splits are asked for until those with anything to read have been."""
+        return lax.div(at.splits + self.g.splits_together - 1, self.g.splits_together)
 
-    def merge(self, at, state, step, last):
-        """Combine a split with those behind it, so many apart, until the last one."""
-        g = self.g
+    def hand_over(self, at, place, halves, log_mass):
+        """Write a split's mixed values and the logarithm of their mass for those that combine them."""
+
+        @pl.when(place < self.turns_of_splits(at) * self.g.splits_together)
+        def _():
+            for i, half in enumerate(halves):
+                put(self.r.split.at[at.head, i, pl.ds(2 * place, 2)], (half, log_mass))
+
+    def combine(self, at):
+        """Return some features of what all splits of a head have mixed, ``[shared_features, rows]``."""
+        g, r = self.g, self.r
+        layout = TILE if g.shared_features == 64 else PART
+        half, first = divide(at.split * g.shared_features, 64)
+        full = lambda value: plgpu.layout_cast(jnp.full((g.shared_features, g.head_rows), value, F32), layout)  # noqa: E731
 
         def turn(turn, state):
-            others = [at.split + step * (turn * g.splits_together + i + 1) for i in range(g.splits_together)]
-            found = take([self.r.split.at[at.item - at.split + jnp.minimum(other, last)] for other in others])
-            splits = [state]
-            for other, (low, high, top, mass) in zip(others, found, strict=True):
-                splits.append((low, high, keep_if(other <= last, top, EMPTY), mass))
-            top = functools.reduce(jnp.maximum, [split[2] for split in splits])
-            shares = [jnp.exp2(split[2] - top) for split in splits]
-            add = lambda i: functools.reduce(  # noqa: E731
-                jnp.add, [share * split[i] for share, split in zip(shares, splits, strict=True)]
-            )
-            return add(0), add(1), top, add(3)
+            mixed, top, mass = state
+            slots = pl.ds(turn * 2 * g.splits_together, 2 * g.splits_together)
+            (found,) = take([r.split.at[at.head, half, slots, pl.ds(first, g.shared_features)]], layout=layout)
+            parts, logs = found[::2], found[1::2]
+            new_top = functools.reduce(jnp.maximum, [top, *logs])
+            shares = [jnp.exp2(each - new_top) for each in (top, *logs)]
+            parts = [share * part for share, part in zip(shares, (mixed, *parts), strict=True)]
+            return functools.reduce(jnp.add, parts), new_top, functools.reduce(jnp.add, [shares[0] * mass, *shares[1:]])
 
-        turns = lax.div(last - at.split + step * g.splits_together - 1, step * g.splits_together)
-        return lax.fori_loop(0, turns, turn, state)
+        mixed, _, mass = lax.fori_loop(0, self.turns_of_splits(at), turn, (full(0.0), full(EMPTY), full(0.0)))
+        return mixed / mass
+
+    def write_attended(self, at, place, tiles):
+        """Write tiles ``[features, rows]`` of what a head attends to, the first of which is the ``place``-th."""
+        g, r = self.g, self.r
+        features, _ = tiles[0].shape
+        for i, tile in enumerate(tiles):
+            r.staged_o.at[i, :, pl.ds(0, features)].T[...] = tile.astype(DTYPE)
+        plgpu.commit_smem()
+        for query in range(g.group):
+            begin = (at.kv_head * g.group + query) * g.head_dim
+            for i in range(len(tiles)):
+                there = r.attended.at[at.batch, pl.ds(begin + (place + i) * features, features)]
+                plgpu.copy_smem_to_gmem(r.staged_o.at[i, query, pl.ds(0, features)], there)
+        plgpu.wait_smem_to_gmem(0)

@@ -68,11 +68,14 @@ class Worker(Attention, Pages):
         plgpu.barrier_arrive(r.head_free)
         if g.blocks > 1:
             empty(r.partial.at[self.block])
-            for turn in range(-(-g.items // g.blocks) if g.splits > 1 else 0):
+        if g.splits > 1:
 
-                @pl.when(self.block + turn * g.blocks < g.items)
-                def _(turn=turn):
-                    empty(r.split.at[self.block + turn * g.blocks])
+            def empty_split(turn, _):
+                head, place = divide(self.block + turn * g.blocks, g.split_places)
+                empty(r.split.at[head, :, pl.ds(2 * place, 2)])
+                return 0
+
+            lax.fori_loop(0, self.grid.turns(g.batch * g.kv_heads * g.split_places), empty_split, 0)
 
         def enter(turn, _):
             tile = self.block + turn * g.blocks
@@ -190,7 +193,7 @@ class Worker(Attention, Pages):
                 return counts
             owner, last = grid.owners(tile, contraction, units)
             pl.when(owner == self.block)(lambda: warm(self.needed(at, name)))
-            pl.when(owner != self.block)(lambda: warm([r.partial.at[self.block, i] for i in (0, 1)]))
+            pl.when(owner != self.block)(lambda: warm([r.partial.at[self.block]]))
             low, high, counts = self.multiply(start, end, counts)
 
             @pl.when(owner != self.block)
