@@ -1,5 +1,7 @@
 """The warpgroups of the decoder stack's kernel that read; see :mod:`pallas_kernels.decoder_stack.mosaic_gpu`."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -32,25 +34,43 @@ def stream(g, r, static, grid):
         lax.fori_loop(arrived, wanted, one, 0)
         return jnp.maximum(arrived, wanted)
 
-    def put(counts, halves, first, *, of_pages=False):
+    def put(counts, ask, first, full=r.ring_full):
         """Ask for a unit of a phase, whose first was the ``first`` of all, once few enough are on their way.
 
-        Each half is one part or, of pages, several.
+        ``ask(slot)`` starts the transfers into a slot of the ring, which arrive at its ``full``.
         """
         count, arrived, pages = counts
         slot = lax.rem(count, g.stages)
         plgpu.barrier_wait(r.ring_free.at[slot])
         arrived = await_units(arrived, count + 1 - jnp.where(count < first + g.stages, 1, g.in_flight), pages)
-        full = (r.pages_full if of_pages else r.ring_full).at[slot]
-        for i, half in enumerate(halves):
-            if not of_pages:
-                plgpu.copy_gmem_to_smem(half, r.ring.at[slot, i], full)
-                continue
-            for place, page in enumerate(half):
-                rows = pl.ds(place * g.select.page_size, g.select.page_size)
-                plgpu.copy_gmem_to_smem(page, r.ring.at[slot, i, rows], full)
-        bit = lax.shift_left(jnp.int32(1), slot)
-        return count + 1, arrived, (pages | bit if of_pages else pages & ~bit) if g.select is not None else pages
+        ask(slot)
+        if g.select is not None:
+            bit = lax.shift_left(jnp.int32(1), slot)
+            pages = pages & ~bit if full is r.ring_full else pages | bit
+        return count + 1, arrived, pages
+
+    def put_halves(counts, halves, first):
+        def ask(slot):
+            for i, half in enumerate(halves):
+                plgpu.copy_gmem_to_smem(half, r.ring.at[slot, i], r.ring_full.at[slot])
+
+        return put(counts, ask, first)
+
+    def ask_pages(cache, pages, slot):
+        """Ask for pages of a head; every warp asks for some of them, as a transfer holds up whoever asks for it."""
+        size = g.select.page_size
+
+        @plgpu.warp_map
+        def _(warp):
+            half = pl.ds(lax.rem(warp, 2) * 64, 64)
+            for place in range(0, len(pages), 2):
+                own = place + warp // 2
+
+                @pl.when(own < len(pages))
+                def _(place=place, own=own):
+                    page = jnp.where(warp < 2, pages[place], pages[min(place + 1, len(pages) - 1)])
+                    there = r.ring.at[slot, lax.rem(warp, 2), pl.ds(own * size, size)]
+                    plgpu.copy_gmem_to_smem(cache.at[pl.ds(page * size, size), half], there, r.pages_full.at[slot])
 
     def source(name, layer, unit):
         tile, k = divide(unit, g.products[name][1])
@@ -64,7 +84,7 @@ def stream(g, r, static, grid):
         phase = counts[0] - (first - grid.product(name)[0])
 
         def unit(u, counts):
-            return put(counts, source(name, r.order[entry], u), phase)
+            return put_halves(counts, source(name, r.order[entry], u), phase)
 
         return lax.fori_loop(first, stop, unit, counts)
 
@@ -78,7 +98,7 @@ def stream(g, r, static, grid):
                 rows = r.summary.at[layer, at.batch, pl.ds(at.chunk * UNIT, UNIT), at.kv_head]
                 for which in range(g.bounds):
                     features = [pl.ds(which * g.head_dim + i * 64, 64) for i in (0, 1)]
-                    counts = put(counts, [rows.at[:, half] for half in features], phase)
+                    counts = put_halves(counts, [rows.at[:, half] for half in features], phase)
                 return counts
 
             return lax.cond(at.active, read, lambda counts: counts, counts)
@@ -94,7 +114,7 @@ def stream(g, r, static, grid):
             def slots(c, counts):
                 for cache in (r.k_cache, r.v_cache):
                     rows = cache.at[layer, at.batch, pl.ds(c * UNIT, UNIT), at.kv_head]
-                    counts = put(counts, [rows.at[:, pl.ds(i * 64, 64)] for i in (0, 1)], phase)
+                    counts = put_halves(counts, [rows.at[:, pl.ds(i * 64, 64)] for i in (0, 1)], phase)
                 return counts
 
             def pages(c, counts):
@@ -103,9 +123,8 @@ def stream(g, r, static, grid):
                 chosen = [r.chosen[jnp.minimum(c * (UNIT // size) + i, at.count - 1)] for i in range(UNIT // size)]
                 begun = counts[0] - g.stages  # nothing could be read before the phase had begun
                 for cache in (r.k_cache, r.v_cache):
-                    rows = [cache.at[layer, at.batch, pl.ds(page * size, size), at.kv_head] for page in chosen]
-                    halves = [[page.at[:, pl.ds(i * 64, 64)] for page in rows] for i in (0, 1)]
-                    counts = put(counts, halves, begun, of_pages=True)
+                    ask = functools.partial(ask_pages, cache.at[layer, at.batch, :, at.kv_head], chosen)
+                    counts = put(counts, ask, begun, r.pages_full)
                 return counts
 
             def choose(counts):
@@ -151,7 +170,7 @@ def stream(g, r, static, grid):
             entry, kv_head, which = fill_tile(g, tile)
             column = kv_head * (g.group + 2) + g.group + which
             at = r.wqkv.at[r.order[ran + entry], pl.ds(k * UNIT, UNIT)]
-            return put(counts, [at.at[:, pl.ds(column * 128 + i * 64, 64)] for i in (0, 1)], phase)
+            return put_halves(counts, [at.at[:, pl.ds(column * 128 + i * 64, 64)] for i in (0, 1)], phase)
 
         counts = lax.fori_loop(*grid.share(fill_units(g, r, ran)), unit, counts)
     count, arrived, pages = counts
