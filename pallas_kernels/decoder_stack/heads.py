@@ -179,9 +179,11 @@ class Attention:
             @pl.when(r.writes[at.batch] > 0)
             def _():
                 for which, cache in enumerate((r.k_cache, r.v_cache)):
-                    cache[layer, at.batch, r.position[at.batch], at.kv_head] = r.heads[which, at.head, g.group]
+                    cache[layer, at.batch, r.position[at.batch], at.kv_head] = r.heads[
+                        which, at.batch, at.kv_head, g.group
+                    ]
                 if g.select is not None:
-                    new = [load(r.heads, (0, at.head, g.group, pl.ds(i * 64, 64)), ROWS) for i in (0, 1)]
+                    new = [load(r.heads, (0, at.batch, at.kv_head, g.group, pl.ds(i * 64, 64)), ROWS) for i in (0, 1)]
                     self.summarize(layer, at.batch, at.kv_head, new)
 
         if g.splits == 1:
@@ -224,13 +226,11 @@ class Attention:
     def write_attended(self, at, place, tiles):
         """Write tiles ``[features, rows]`` of what a head attends to, the first of which is the ``place``-th."""
         g, r = self.g, self.r
-        features, _ = tiles[0].shape
         for i, tile in enumerate(tiles):
-            r.staged_o.at[i, :, pl.ds(0, features)].T[...] = tile.astype(DTYPE)
+            r.staged_o.at[i].T[...] = tile.astype(DTYPE)
         plgpu.commit_smem()
-        for query in range(g.group):
-            begin = (at.kv_head * g.group + query) * g.head_dim
-            for i in range(len(tiles)):
-                there = r.attended.at[at.batch, pl.ds(begin + (place + i) * features, features)]
-                plgpu.copy_smem_to_gmem(r.staged_o.at[i, query, pl.ds(0, features)], there)
+        queries = pl.ds(at.kv_head * g.group, g.group)
+        for i in range(len(tiles)):
+            features = pl.ds((place + i) * g.shared_features, g.shared_features)
+            plgpu.copy_smem_to_gmem(r.staged_o.at[i, pl.ds(0, g.group)], r.attended.at[at.batch, queries, features])
         plgpu.wait_smem_to_gmem(0)

@@ -177,13 +177,12 @@ def build(g: Geometry, *, entries: int, **static: Any):
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     dtype, f32 = jnp.bfloat16, jnp.float32
     shape = jax.ShapeDtypeStruct
-    queries = g.kv_heads * g.group * g.head_dim
     outputs = {
         "stream": shape((g.d_model, g.rows), f32),
         "layer_input": shape((g.d_model, g.rows), f32),
         "norm_input": shape((g.rows, g.d_model), dtype),
-        "heads": shape((2, g.batch * g.kv_heads, g.head_rows, g.head_dim), dtype),  # queries and new key; new value
-        "attended": shape((g.rows, queries), dtype),
+        "heads": shape((2, g.batch, g.kv_heads, g.head_rows, g.head_dim), dtype),  # queries and new key; new value
+        "attended": shape((g.rows, g.kv_heads * g.group, g.head_dim), dtype),
         "hidden": shape((g.rows, g.d_ff), dtype),
         "fill_input": shape((entries if static["fill"] else 1, g.rows, g.d_model), dtype),
         "partial": shape((g.blocks, 2, 64, g.rows), f32),
@@ -199,7 +198,7 @@ def build(g: Geometry, *, entries: int, **static: Any):
         "new_v": plgpu.SMEM((2, g.head_rows, 64), dtype, transforms=tiled),
         "probs": plgpu.SMEM((UNIT // 64, g.head_rows, 64), dtype, transforms=tiled),
         "staged": plgpu.SMEM((2, g.rows, 64), dtype),
-        "staged_o": plgpu.SMEM((2, g.head_rows, 64), dtype),
+        "staged_o": plgpu.SMEM((2 if g.splits == 1 else 1, g.head_rows, g.shared_features), dtype),
         "flags": plgpu.SMEM((g.rows,), jnp.int32),
         "go": plgpu.SMEM((1,), jnp.int32),
         "ring_full": plgpu.Barrier(num_arrivals=2, num_barriers=g.stages),

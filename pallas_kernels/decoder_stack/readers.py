@@ -183,25 +183,29 @@ def feed(g, r, static, grid):
     """Read activations as soon as all blocks have written them."""
     plgpu.set_max_registers(REGISTERS, action="decrease")
 
-    def units(source, first, stop, contraction, count, entry_of=None):
+    def units(source, first, stop, contraction, count):
+        """Read ``source(tile, k)``, the ``k``-th part ``[rows, UNIT]`` of the contraction, for each of the units."""
+
         def unit(u, count):
-            tile, k = divide(u, contraction)
             slot = lax.rem(count, g.feeds)
             plgpu.barrier_wait(r.feed_free.at[slot])
-            ref = source if entry_of is None else source.at[entry_of(tile)]
-            plgpu.copy_gmem_to_smem(ref.at[:, pl.ds(k * UNIT, UNIT)], r.feed.at[slot], r.feed_full.at[slot])
+            plgpu.copy_gmem_to_smem(source(*divide(u, contraction)), r.feed.at[slot], r.feed_full.at[slot])
             return count + 1
 
         return lax.fori_loop(first, stop, unit, count)
 
-    def qkv(first, stop, count):
-        return units(r.norm_input, first, stop, g.products["qkv"][1], count)
+    def columns(ref):
+        return lambda tile, k: ref.at[:, pl.ds(k * UNIT, UNIT)]
 
-    def heads(head):
+    def qkv(first, stop, count):
+        return units(columns(r.norm_input), first, stop, g.products["qkv"][1], count)
+
+    def heads(at):
         plgpu.barrier_wait(r.head_free)
         for which, new in enumerate((r.new_k, r.new_v)):
             for i in (0, 1):
-                plgpu.copy_gmem_to_smem(r.heads.at[which, head, :, pl.ds(i * 64, 64)], new.at[i], r.head_full)
+                half = r.heads.at[which, at.batch, at.kv_head, :, pl.ds(i * 64, 64)]
+                plgpu.copy_gmem_to_smem(half, new.at[i], r.head_full)
 
     def before_decision(entry, count):
         grid.wait(g.phase(entry, QKV))
@@ -219,21 +223,21 @@ def feed(g, r, static, grid):
 
             def score_turn(turn, _):
                 at = grid.score_item(turn)
-                pl.when(at.active)(lambda: heads(at.head))
+                pl.when(at.active)(lambda: heads(at))
                 return 0
 
             lax.fori_loop(0, grid.num_score_items(number), score_turn, 0)
             grid.wait(g.scored(entry))
 
         def turn(turn, _):
-            heads(grid.item(turn, number).head)
+            heads(grid.item(turn, number))
             return 0
 
         lax.fori_loop(0, grid.num_items(), turn, 0)
         for step, name, source in (
-            (OUT, "out", r.attended),
-            (GATE_UP, "gate_up", r.norm_input),
-            (DOWN, "down", r.hidden),
+            (OUT, "out", lambda tile, head: r.attended.at[:, head]),
+            (GATE_UP, "gate_up", columns(r.norm_input)),
+            (DOWN, "down", columns(r.hidden)),
         ):
             grid.wait(g.phase(entry, step))
             count = units(source, *grid.product(name), count)
@@ -244,8 +248,8 @@ def feed(g, r, static, grid):
         pl.when(going > 0)(lambda: grid.wait(g.phase(ran, QKV)))  # the states; a rule that ended the layers has waited
         grid.wait(g.phase(ran, QKV) + 1)  # their normalised forms
         first, stop = grid.share(fill_units(g, r, ran))
-        entry_of = lambda tile: ran + fill_tile(g, tile)[0]  # noqa: E731
-        count = units(r.fill_input, first, stop, g.d_model // UNIT, count, entry_of)
+        source = lambda tile, k: columns(r.fill_input.at[ran + fill_tile(g, tile)[0]])(tile, k)  # noqa: E731
+        count = units(source, first, stop, g.d_model // UNIT, count)
     for i in range(g.feeds):
         plgpu.barrier_wait(r.feed_free.at[lax.rem(count + i, g.feeds)])
     plgpu.barrier_wait(r.head_free)

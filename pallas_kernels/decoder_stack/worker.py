@@ -284,14 +284,9 @@ class Worker(Attention, Pages):
         entry, tile, _ = at
         kv_head, head = divide(tile, g.group + 2)
         self.stage(self.project_head(r.order[entry], tile, head, begun, low, high))
-
-        def put(b, _):
-            row = r.heads.at[lax.div(head, g.group + 1), b * g.kv_heads + kv_head, jnp.minimum(head, g.group)]
-            for i in (0, 1):
-                plgpu.copy_smem_to_gmem(r.staged.at[i, b], row.at[pl.ds(i * 64, 64)])
-            return 0
-
-        lax.fori_loop(0, g.batch, put, 0)
+        there = r.heads.at[lax.div(head, g.group + 1), :, kv_head, jnp.minimum(head, g.group)]
+        for i in (0, 1):
+            plgpu.copy_smem_to_gmem(r.staged.at[i, pl.ds(0, g.batch)], there.at[:, pl.ds(i * 64, 64)])
         plgpu.wait_smem_to_gmem(0)
 
     def project_head(self, layer, tile, head, begun, low, high):
