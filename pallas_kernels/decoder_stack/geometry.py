@@ -138,11 +138,6 @@ class Geometry:
         return fit[self.rows][self.head_rows // 8 - 1]
 
     @property
-    def made_together(self) -> int:
-        """Units of activations for layers that did not run whose states are asked for at once."""
-        return {8: 4, 16: 2, 32: 1, 64: 1}[self.rows]
-
-    @property
     def page_parts(self) -> int:
         """Transfers that bring a unit of pages: two halves, of as many pages as fit."""
         return 2 * (UNIT // self.select.page_size)

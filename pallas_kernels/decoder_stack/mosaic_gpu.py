@@ -49,6 +49,7 @@ OUTPUTS = (
     "heads",
     "attended",
     "hidden",
+    "fill_input",
     "partial",
     "split",
     "sums",
@@ -183,6 +184,7 @@ def build(g: Geometry, *, entries: int, **static: Any):
         "heads": shape((2, g.batch, g.kv_heads, g.head_rows, g.head_dim), dtype),  # queries and new key; new value
         "attended": shape((g.rows, g.kv_heads * g.group, g.head_dim), dtype),
         "hidden": shape((g.rows, g.d_ff), dtype),
+        "fill_input": shape((entries if static["fill"] else 1, g.rows, g.d_model), dtype),
         "partial": shape((g.blocks, 2, 64, g.rows), f32),
         "split": shape((g.batch * g.kv_heads, 2, 2 * g.split_places, 64, g.head_rows), f32),
         "sums": shape((3, g.padded_tiles, g.rows), f32),

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decoder_stack.geometry import ATTENTION, DOWN, GATE_UP, OUT, QKV, UNIT
-from pallas_kernels.decoder_stack.tiles import DTYPE, F32, FEATURES, divide, fill_tile, fill_units, load
+from pallas_kernels.decoder_stack.tiles import divide, fill_tile, fill_units
 from pallas_kernels.topk_pages.mosaic_gpu import choose_in_warpgroup
 
 REGISTERS, CHOOSING = 104, 152  # beside the worker's 240, of 504 for three threads
@@ -194,35 +194,6 @@ def feed(g, r, static, grid):
 
         return lax.fori_loop(first, stop, unit, count)
 
-    def final_states(ran, first, stop, count):
-        """Make what a layer that did not run would have been given of the final states, as no layer has written it."""
-
-        def read(u):
-            tile, k = divide(u, g.d_model // UNIT)
-            halves = []
-            for i in (0, 1):
-                features = pl.ds(k * UNIT + i * 64, 64)
-                norm = load(r.norm_attn, (r.order[ran + fill_tile(g, tile)[0]], features), FEATURES).astype(F32)
-                halves.append(load(r.stream, (features,)) * lax.broadcast_in_dim(norm, (64, g.rows), [0]))
-            return halves
-
-        def some(turn, count):
-            begin = first + turn * g.made_together
-            for i, halves in enumerate([read(jnp.minimum(begin + i, stop - 1)) for i in range(g.made_together)]):
-
-                @pl.when(begin + i < stop)
-                def _(i=i, halves=halves):
-                    slot = lax.rem(count + i, g.feeds)
-                    plgpu.barrier_wait(r.feed_free.at[slot])
-                    for part, half in enumerate(halves):
-                        r.feed.at[slot, :, pl.ds(part * 64, 64)].T[...] = half.astype(DTYPE)
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(r.feed_full.at[slot])
-
-            return count + jnp.minimum(g.made_together, stop - begin)
-
-        return lax.fori_loop(0, lax.div(stop - first + g.made_together - 1, g.made_together), some, count)
-
     def columns(ref):
         return lambda tile, k: ref.at[:, pl.ds(k * UNIT, UNIT)]
 
@@ -275,7 +246,10 @@ def feed(g, r, static, grid):
     count, ran, going = _layers(r, static, jnp.int32(0), layer, before_decision, lambda: grid.product("qkv")[0])
     if static.fill:
         pl.when(going > 0)(lambda: grid.wait(g.phase(ran, QKV)))  # the states; a rule that ended the layers has waited
-        count = final_states(ran, *grid.share(fill_units(g, r, ran)), count)
+        grid.wait(g.phase(ran, QKV) + 1)  # their normalised forms
+        first, stop = grid.share(fill_units(g, r, ran))
+        source = lambda tile, k: columns(r.fill_input.at[ran + fill_tile(g, tile)[0]])(tile, k)  # noqa: E731
+        count = units(source, first, stop, g.d_model // UNIT, count)
     for i in range(g.feeds):
         plgpu.barrier_wait(r.feed_free.at[lax.rem(count + i, g.feeds)])
     plgpu.barrier_wait(r.head_free)

@@ -388,7 +388,26 @@ class Worker(Attention, Pages):
 
     def fill(self, ran, counts):
         """Store the keys and values that the layers behind the last one would project from the final states."""
-        self.grid.wait(self.g.phase(ran, QKV), worker=True)
+        g, r = self.g, self.r
+        self.grid.wait(g.phase(ran, QKV), worker=True)
+        tasks = (r.count[1] - ran) * g.tiles
+
+        def normalise(task, _):
+            entry, tile = divide(task, g.tiles)
+            inputs = []
+            for i in (0, 1):
+                features = pl.ds(tile * 128 + i * 64, 64)
+                norm = load(r.norm_attn, (r.order[ran + entry], features), FEATURES)
+                inputs.append(load(r.stream, (features,)) * self.over_features(norm))
+            self.stage(inputs)
+            for i in (0, 1):
+                features = pl.ds(tile * 128 + i * 64, 64)
+                plgpu.copy_smem_to_gmem(r.staged.at[i], r.fill_input.at[ran + entry, :, features])
+            plgpu.wait_smem_to_gmem(0)
+            return 0
+
+        lax.fori_loop(*self.grid.share(tasks), normalise, 0)
+        self.grid.finish_phase()
         self.product("fill", ran, counts, None, self.begin_heads, self.finish_fill, fill_from=ran)
 
     def finish_fill(self, at, begun, low, high):
