@@ -57,54 +57,65 @@ def exchange_table() -> str:
 
 
 def scaling_table() -> str:
-    """Return what a model does on four GPUs, against the bytes it must read, dense decoding, and two GPUs."""
+    """Return what a model does on more GPUs, against the bytes it must read, dense decoding, and two GPUs."""
     rows, two = read_rows("scaling_h200"), _on_two()
-    case = lambda row: tuple(row[name] for name in ("mesh", "stacked", "batch", "context"))  # noqa: E731
-    dense = {case(row): row for row in rows if row["plan"] == "dense"}
+    case = lambda row: tuple(row[name] for name in ("shape", "mesh", "stacked", "batch", "context"))  # noqa: E731
+    dense = {case(row): row["median_ms"] for row in rows if row["plan"] == "dense" and "median_ms" in row}
     lines = []
-    for row in rows:
+    for row in (row for row in rows if row["plan"] != "prompt"):
+        plan = row["plan"] if row["stacked"] else f"{row['plan']}, layers in a list"
+        lines.append([row["shape"], row["mesh"].replace(",", ", "), plan, str(row["batch"]), str(row["context"])])
+        if "needed_gib" in row:
+            lines[-1] += ["", f"does not fit: {row['needed_gib']:.0f} of {row['had_gib']:.0f} GiB", *[""] * 7]
+            continue
         beyond = 1000 * (row["median_ms"] - row["floor_ms"]) / row["layers_run"]
-        fewer = two.get(row["plan"], {}) if row["batch"] == 1 else {}
-        lines.append(
-            [
-                row["mesh"].replace(",", ", "),
-                row["plan"],
-                str(row["batch"]),
-                f"{row['layers_run']:.0f}",
-                f"{row['median_ms']:.2f}",
-                f"{row['tokens_per_s']:.0f}",
-                f"{100 * row['of_floor']:.0f} %",
-                f"{beyond:.0f} us",
-                f"{1000 * row['collectives_ms']:.0f} us",
-                f"{row['peak_gib']:.0f}",
-                f"{dense[case(row)]['median_ms'] / row['median_ms']:.2f}x",
-                f"{fewer['median_ms'] / row['median_ms']:.2f}x" if fewer.get("context") == row["context"] else "",
-            ]
-        )
-    head = ["mesh", "plan", "batch", "layers run", "ms a step", "tokens/s", "of the floor", "beyond it, a layer"]
-    head += ["XLA's collectives", "GiB a device", "against dense", "against two GPUs"]
+        fewer = two.get(row["plan"], {}) if row["batch"] == 1 and row["stacked"] else {}
+        same = fewer.get("context") == row["context"] and fewer["model"] == row["shape"]
+        lines[-1] += [
+            f"{row['layers_run']:.0f}",
+            f"{row['median_ms']:.2f}",
+            f"{row['tokens_per_s']:.0f}",
+            f"{100 * row['of_floor']:.0f} %",
+            f"{beyond:.0f} us",
+            f"{1000 * row['collectives_ms']:.0f} us",
+            f"{row['peak_gib']:.0f}",
+            f"{dense[case(row)] / row['median_ms']:.2f}x" if case(row) in dense else "",
+            f"{fewer['median_ms'] / row['median_ms']:.2f}x" if same else "",
+        ]
+    head = ["shape", "mesh", "plan", "batch", "cache slots", "layers run", "ms a step", "tokens/s", "of the floor"]
+    head += ["beyond it, a layer", "XLA's collectives", "GiB a device", "against dense", "against two GPUs"]
     about = rows[0]
     note = (
-        f"\n{about['shape']}, random weights, bfloat16, stacked layers, {about['filled']} of {about['context']} slots "
-        f"filled, 4 x {about['device']}, jax {about['jax']}, {commits(rows)}. Two GPUs: the table above.\n"
+        "\nRandom weights, bfloat16, stacked layers in one kernel unless said otherwise, all but "
+        f"{about['steps']} of the slots filled, {about['device']}, jax {about['jax']}, {commits(rows)}. Two GPUs: the "
+        "table above.\n"
     )
+    for row in (row for row in rows if row["plan"] == "prompt" and "median_ms" in row):
+        took = f"first token after {row['median_ms'] / 1000:.1f} s"
+        note += f"A prompt of {row['context']} tokens, {row['shape']}, {row['mesh']}: {took}.\n"
     return table(head, lines) + note
 
 
 def draw_scaling(path: Path, pyplot: Any) -> None:
-    """Draw tokens a second of one sequence on two and four GPUs, dense and under plans, and what memory allows."""
+    """Draw tokens a second of one sequence on two and more GPUs, dense and under plans, and what memory allows."""
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    two, four = _on_two(), {row["plan"]: row for row in read_rows("scaling_h200") if row["batch"] == 1}
-    allowed = [2 * H200_COPY_GB_S * 1e9 / two["dense"]["bytes_per_step"], 1000 / four["dense"]["floor_ms"]]
-    axes.plot([2, 4], allowed, "--", color="#888888", label="dense, if reading took all the time")
+    two, rows = _on_two(), read_rows("scaling_h200")
+    by_gpus = {2: two}
+    for row in rows:
+        if row["mesh"].startswith("tensor=") and "," not in row["mesh"] and row["stacked"] and "of_floor" in row:
+            if (row["shape"], row["batch"], row["context"]) == (two["dense"]["model"], 1, two["dense"]["context"]):
+                by_gpus.setdefault(int(row["mesh"].removeprefix("tensor=")), {})[row["plan"]] = row
+    gpus = sorted(by_gpus)
+    allowed = [count * H200_COPY_GB_S * 1e9 / by_gpus[count]["dense"]["bytes_per_step"] for count in gpus]
+    axes.plot(gpus, allowed, "--", color="#888888", label="dense, if reading took all the time")
     labels = {"half": "half of the layers", "exits": "recorded exits", "dense": "dense"}
     for color, (plan, label) in enumerate(labels.items()):
-        found = [(gpus, rows[plan]["tokens_per_s"]) for gpus, rows in ((2, two), (4, four)) if plan in rows]
+        found = [(count, by_gpus[count][plan]["tokens_per_s"]) for count in gpus if plan in by_gpus[count]]
         axes.plot(*zip(*found, strict=True), "o-", color=f"C{color}", label=label)
     axes.set_xlabel("GPUs that share the model (tensor)")
     axes.set_ylabel("tokens/s, one sequence")
-    axes.set_title(f"{four['dense']['shape']} on H200s", fontsize=10)
-    axes.set_xticks([2, 4])
+    axes.set_title(f"{two['dense']['model']} on H200s", fontsize=10)
+    axes.set_xticks(gpus)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", fontsize=8)
