@@ -3,9 +3,7 @@
 A fence and a semaphore would cost several trips through a memory system that is busy with weights, microseconds each.
 Here a slot holds ``EMPTY_BITS`` until it is written, a NaN that no arithmetic gives, and the reader asks until nothing
 of that is left; it then empties the slot for the next writer, which a barrier over all blocks must separate from it.
-Every number is written by one thread, and asked for and emptied by one, so none can be torn or missed. What all blocks
-read (:func:`published`) has two sets of slots by turns: who writes to one empties the other, which all have read by
-then and whose next reader waits for a barrier behind that.
+Every number is written, asked for and emptied by one thread each, so none can be torn or missed.
 
 Devices hand each other tiles in the same way, in two sets of slots by turns. A device writes to a slot again after it
 has taken what the other sent in between, which that one sent behind a barrier over its blocks, or in a later kernel,
@@ -26,7 +24,6 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, scf
 
 EMPTY_BITS = 0xFFFF0BAD - 2**32  # a NaN, as an int32; arithmetic on a GPU gives 0x7FFFFFFF
-EMPTY_HALVES = -1  # two of bfloat16, where conversions give 0x7FFF
 TILE = plgpu.Layout.WGMMA  # [64 features or slots, rows]
 
 
@@ -75,15 +72,6 @@ def take(refs, *, scope="gpu", layout=TILE):
     return [found[i : i + count] for i in range(0, len(found), count)]
 
 
-def published(refs):
-    """Return tiles of bfloat16 ``[64, rows]`` once all are written, and leave them there for others to read.
-
-    Each number is its own flag: one that is empty is a NaN that no conversion gives.
-    """
-    returned = [plgpu.ShapeDtypeStruct(ref.shape, jnp.bfloat16, layout=TILE) for ref in refs]
-    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs), return_type=returned)(_published)(*refs)
-
-
 def warm(refs):
     """Ask tiles ``[..., 64, rows]`` into the L2 cache, from which streaming weights have driven them.
 
@@ -106,7 +94,7 @@ def _places(layout, rank, ref):
     for size, index in zip(shape[1:], rest, strict=True):
         linear = arith.addi(arith.muli(linear, mgpu.c(size, linear.type)), index)
     linear = arith.index_cast(ir.IntegerType.get_signless(32), linear)
-    first = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [linear], slot.element_type)
+    first = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [linear], ir.F32Type.get())
     if isinstance(layout, mgpu.TiledLayout):
         strides = layout.tiling.tile_strides(tuple(mgpu.utils.get_contiguous_strides(shape)))
         behind = [np.dot(at, strides) for at in np.ndindex(*registers)]
@@ -114,16 +102,13 @@ def _places(layout, rank, ref):
         behind = [i * mgpu.utils.WARPGROUP_SIZE * layout.vec_size for i in range(math.prod(registers))]
     strides, _ = slot.get_strides_and_offset()
     tiles = [np.dot(at, strides[:-rank]) for at in np.ndindex(*slot.shape[:-rank])]
-    size = mgpu.utils.bytewidth(slot.element_type)
-    return registers, [(first, int(size * (tile + pair))) for tile in tiles for pair in behind]
+    return registers, [(first, int(4 * (tile + pair))) for tile in tiles for pair in behind]
 
 
 def _empty(layout, rank, ctx, ref):
-    half = mgpu.utils.bytewidth(ir.MemRefType(ref.type).element_type) == 2
-    bits = mgpu.c(EMPTY_HALVES if half else EMPTY_BITS, ir.IntegerType.get_signless(32))
-    kind, value = ("", "$1") if half else (".v2", "{$1, $1}")
+    bits = mgpu.c(EMPTY_BITS, ir.IntegerType.get_signless(32))
     for first, behind in _places(layout, rank, ref)[1]:
-        store = f"st.relaxed.gpu.global{kind}.b32 [$0+{behind}], {value};"
+        store = f"st.relaxed.gpu.global.v2.b32 [$0+{behind}], {{$1, $1}};"
         mgpu.utils.inline_ptx(store, first, bits, has_side_effects=True)
 
 
@@ -141,53 +126,36 @@ def _send(layout, ctx, ref, tile):
 
 
 def _take(layout, rank, scope, ctx, *refs):
+    i32 = ir.IntegerType.get_signless(32)
+    unwritten = mgpu.c(EMPTY_BITS, i32)
     slots = [_places(layout, rank, ref) for ref in refs]
     shape = slots[0][0]
-    found = iter(_await([place for _, places in slots for place in places], 2, scope))
-    for ref in refs:
-        _empty(layout, rank, ctx, ref)
-    single = ir.VectorType.get((1,), ir.F32Type.get())
-    arrays = []
-    for _ in range(sum(len(places) for _, places in slots) // math.prod(shape)):
-        registers = np.empty(shape, dtype=object)
-        for index in np.ndindex(*shape):
-            registers[index] = mgpu.utils.vector_concat([mgpu.utils.bitcast(next(found), single) for _ in range(2)])
-        arrays.append(mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None))
-    return arrays
-
-
-def _published(ctx, *refs):
-    tiles = [_places(TILE, 2, ref) for ref in refs]
-    found = iter(_await([place for _, places in tiles for place in places], 1, "gpu"))
-    pair = ir.VectorType.get((2,), ir.BF16Type.get())
-    arrays = []
-    for shape, _ in tiles:
-        registers = np.empty(shape, dtype=object)
-        for index in np.ndindex(*shape):
-            registers[index] = mgpu.utils.bitcast(next(found), pair)
-        arrays.append(mgpu.FragmentedArray(_registers=registers, _layout=TILE.to_mgpu(), _is_signed=None))
-    return arrays
-
-
-def _await(places, words, scope):
-    """Ask for all places, so many words each, until no number in them is empty; return the words."""
-    i32 = ir.IntegerType.get_signless(32)
-    count = words * len(places)
-    loop = scf.WhileOp([i32] * count, [mgpu.c(0, i32)] * count)
-    before = loop.before.blocks.append(*[i32] * count)
-    kind, value = (".v2", "{$0, $1}") if words == 2 else ("", "$0")
+    places = [place for _, found in slots for place in found]
+    loop = scf.WhileOp([i32] * (2 * len(places)), [mgpu.c(0, i32)] * (2 * len(places)))
+    before = loop.before.blocks.append(*[i32] * (2 * len(places)))
     with ir.InsertionPoint.at_block_begin(before):
         loaded, missing = [], mgpu.c(0, ir.IntegerType.get_signless(1))
         for first, behind in places:
-            load = f"ld.relaxed.{scope}.global{kind}.b32 {value}, [${words}+{behind}];"
-            loaded += mgpu.utils.inline_ptx(load, first, result_types=[i32] * words, has_side_effects=True)
-        equal = functools.partial(arith.cmpi, arith.CmpIPredicate.eq)
+            loaded += mgpu.utils.inline_ptx(
+                f"ld.relaxed.{scope}.global.v2.b32 {{$0, $1}}, [$2+{behind}];",
+                first,
+                result_types=[i32, i32],
+                has_side_effects=True,
+            )
         for bits in loaded:
-            for mask in [0xFFFF, -0x10000] if words == 1 else [-1]:
-                expected = mgpu.c(EMPTY_HALVES & mask if words == 1 else EMPTY_BITS, i32)
-                missing = arith.ori(missing, equal(arith.andi(bits, mgpu.c(mask, i32)), expected))
+            missing = arith.ori(missing, arith.cmpi(arith.CmpIPredicate.eq, bits, unwritten))
         scf.condition(missing, loaded)
-    after = loop.after.blocks.append(*[i32] * count)
+    after = loop.after.blocks.append(*[i32] * (2 * len(places)))
     with ir.InsertionPoint.at_block_begin(after):
         scf.yield_(list(after.arguments))
-    return loop.results
+    for ref in refs:
+        _empty(layout, rank, ctx, ref)
+    single = ir.VectorType.get((1,), ir.F32Type.get())
+    numbers = iter([mgpu.utils.bitcast(bits, single) for bits in loop.results])
+    arrays = []
+    for _ in range(len(places) // math.prod(shape)):
+        registers = np.empty(shape, dtype=object)
+        for index in np.ndindex(*shape):
+            registers[index] = mgpu.utils.vector_concat([next(numbers), next(numbers)])
+        arrays.append(mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None))
+    return arrays

@@ -138,17 +138,6 @@ class Geometry:
         return fit[self.rows][self.head_rows // 8 - 1]
 
     @property
-    def feeds_together(self) -> int:
-        """Units of activations that are asked for at once."""
-        return {8: 4, 16: 2, 32: 1, 64: 1}[self.rows]
-
-    @property
-    def activations(self) -> dict[str, tuple[int, int]]:
-        """First feature and number of features of what products are given; entries write to two, by turns."""
-        starts = {"qkv": 0, "gate_up": 2 * self.d_model, "down": 4 * self.d_model}
-        return {name: (start, self.d_ff if name == "down" else self.d_model) for name, start in starts.items()}
-
-    @property
     def page_parts(self) -> int:
         """Transfers that bring a unit of pages: two halves, of as many pages as fit."""
         return 2 * (UNIT // self.select.page_size)

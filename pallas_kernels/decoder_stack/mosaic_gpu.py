@@ -3,21 +3,19 @@
 Every multiprocessor holds one block of three warpgroups. The *streamer* reads weights and cached keys and values by TMA
 into a ring of buffers; nothing it reads depends on the token, chosen pages excepted, so it runs ahead through the
 phases of a layer. It has no more in flight than keeps memory busy, as every other trip through memory waits behind it:
-one unit at a time until the ring has been filled for a phase, since the end of the phase before is such trips.
+one unit at a time as long as the phase of those units may not have begun, since the end of the last one is such trips.
 The *feeder* does the same with activations, phase by phase. The *worker* multiplies, with the weights as the 64-row
 left side of the tensor cores' products and the few rows of activations as the right side, so that one row costs what
-eight cost. A phase ends at a barrier over all blocks, whose wait the ring hides in part. What a product is given of the
-phase before is asked for until it is there, ahead of the barrier: what it costs to write, to say so, to hear of it and
-to read are four trips through memory one after the other, of which two are left. A tile is finished behind the barrier.
+eight cost. A phase ends at a barrier over all blocks, whose wait the ring hides in part.
 
 Where layers choose their pages, another phase scores them before attention, whose summaries of keys come through the
 ring as weights do. The streamer then chooses itself, in each block the pages that this block attends to, and reads them
 as if they lay one behind the other, so that the worker does what it does with all slots
 (:mod:`pallas_kernels.decoder_stack.pages`).
 
-Activations live in global memory, features along the first axis, as an accumulator holds 64 features by all rows, but
-for what attention gives. RMS norms are applied after the product, which commutes with scaling rows. Partial sums are
-added in the order of their blocks, so that results do not depend on timing.
+Activations live in global memory, features along the last axis for the tensor cores and, for the residual stream, along
+the first: an accumulator holds 64 features by all rows. RMS norms are applied after the product, which commutes with
+scaling rows. Partial sums are added in the order of their blocks, so that results do not depend on timing.
 
 Devices that share a layer, each with its heads and its part of the MLP, run the same kernel on the same states. What a
 device's output and down projection give is sent to the others tile by tile and added in the order of the devices
@@ -47,9 +45,11 @@ from pallas_kernels.topk_pages import mosaic_gpu as topk_pages
 OUTPUTS = (
     "stream",
     "layer_input",
+    "norm_input",
     "heads",
     "attended",
-    "activations",
+    "hidden",
+    "fill_input",
     "partial",
     "split",
     "sums",
@@ -180,9 +180,11 @@ def build(g: Geometry, *, entries: int, **static: Any):
     outputs = {
         "stream": shape((g.d_model, g.rows), f32),
         "layer_input": shape((g.d_model, g.rows), f32),
+        "norm_input": shape((g.rows, g.d_model), dtype),
         "heads": shape((2, g.batch, g.kv_heads, g.head_rows, g.head_dim), dtype),  # queries and new key; new value
         "attended": shape((g.rows, g.kv_heads * g.group, g.head_dim), dtype),
-        "activations": shape((4 * g.d_model + 2 * g.d_ff, g.rows), dtype),
+        "hidden": shape((g.rows, g.d_ff), dtype),
+        "fill_input": shape((entries if static["fill"] else 1, g.rows, g.d_model), dtype),
         "partial": shape((g.blocks, 2, 64, g.rows), f32),
         "split": shape((g.batch * g.kv_heads, 2, 2 * g.split_places, 64, g.head_rows), f32),
         "sums": shape((3, g.padded_tiles, g.rows), f32),

@@ -8,8 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decoder_stack.geometry import ATTENTION, DOWN, GATE_UP, OUT, QKV, UNIT
-from pallas_kernels.decoder_stack.tiles import DTYPE, F32, FEATURES, divide, fill_tile, fill_units, load
-from pallas_kernels.exchange import published
+from pallas_kernels.decoder_stack.tiles import divide, fill_tile, fill_units
 from pallas_kernels.topk_pages.mosaic_gpu import choose_in_warpgroup
 
 REGISTERS, CHOOSING = 104, 152  # beside the worker's 240, of 504 for three threads
@@ -181,91 +180,25 @@ def stream(g, r, static, grid):
 
 
 def feed(g, r, static, grid):
-    """Read activations, those of most products as soon as they have been written, others behind a barrier."""
+    """Read activations as soon as all blocks have written them."""
     plgpu.set_max_registers(REGISTERS, action="decrease")
 
-    def attended(first, stop, contraction, count):
-        """Read what queries attend to, for units of the output projection."""
+    def units(source, first, stop, contraction, count):
+        """Read ``source(tile, k)``, the ``k``-th part ``[rows, UNIT]`` of the contraction, for each of the units."""
 
         def unit(u, count):
             slot = lax.rem(count, g.feeds)
             plgpu.barrier_wait(r.feed_free.at[slot])
-            source = r.attended.at[:, lax.rem(u, contraction)]
-            plgpu.copy_gmem_to_smem(source, r.feed.at[slot], r.feed_full.at[slot])
+            plgpu.copy_gmem_to_smem(source(*divide(u, contraction)), r.feed.at[slot], r.feed_full.at[slot])
             return count + 1
 
         return lax.fori_loop(first, stop, unit, count)
 
-    def units(read, first, stop, count, before=lambda unit: None):
-        """Hand over what ``read`` returns for each of some units, two tiles ``[64, rows]``."""
+    def columns(ref):
+        return lambda tile, k: ref.at[:, pl.ds(k * UNIT, UNIT)]
 
-        def some(turn, count):
-            begin = first + turn * g.feeds_together
-            found = read([jnp.minimum(begin + i, stop - 1) for i in range(g.feeds_together)])
-            slots = [lax.rem(count + i, g.feeds) for i in range(g.feeds_together)]
-            for i, (slot, halves) in enumerate(zip(slots, found, strict=True)):
-
-                @pl.when(begin + i < stop)
-                def _(slot=slot, halves=halves):
-                    plgpu.barrier_wait(r.feed_free.at[slot])
-                    for part, half in enumerate(halves):
-                        r.feed.at[slot, :, pl.ds(part * 64, 64)].T[...] = half.astype(DTYPE)
-
-            plgpu.commit_smem()
-            for i, slot in enumerate(slots):
-                before(begin + i)
-                pl.when(begin + i < stop)(lambda slot=slot: plgpu.barrier_arrive(r.feed_full.at[slot]))
-            return count + jnp.minimum(g.feeds_together, stop - begin)
-
-        return lax.fori_loop(0, lax.div(stop - first + g.feeds_together - 1, g.feeds_together), some, count)
-
-    def final_states(ran):
-        """Return how to make what layers that did not run are given, of the final states."""
-
-        def read(u):
-            tile, k = divide(u, g.d_model // UNIT)
-            halves = []
-            for i in (0, 1):
-                features = pl.ds(k * UNIT + i * 64, 64)
-                norm = load(r.norm_attn, (r.order[ran + fill_tile(g, tile)[0]], features), FEATURES).astype(F32)
-                halves.append(load(r.stream, (features,)) * lax.broadcast_in_dim(norm, (64, g.rows), [0]))
-            return halves
-
-        return lambda some: [read(u) for u in some]
-
-    def activations(name, entry):
-        """Return how to read what a product of an entry is given, as soon as it has been written."""
-        begin, size = g.activations[name]
-        begin = begin + lax.rem(entry, 2) * size
-
-        def read(some):
-            first = [begin + lax.rem(u, g.products[name][1]) * UNIT for u in some]
-            tiles = [r.activations.at[pl.ds(feature + i * 64, 64)] for feature in first for i in (0, 1)]
-            found = [load(tile) for tile in tiles] if g.blocks == 1 else published(tiles)
-            return [found[i : i + 2] for i in range(0, len(found), 2)]
-
-        return read
-
-    def await_emptied(phase):
-        """Wait until the slots that the phase before writes have been emptied, before the one before that."""
-        grid.wait(phase if g.blocks == 1 else jnp.maximum(phase - 2, 0))
-
-    def product(name, step, entry, count):
-        """Read what a product is given.
-
-        The last unit of the first tile is kept back until all blocks have finished the phase before, so that the worker
-        may finish the tile then.
-        """
-        phase = g.phase(entry, step)
-        first, stop, contraction = grid.product(name)
-        last = jnp.minimum(stop, (lax.div(first, contraction) + 1) * contraction) - 1
-
-        def before(unit):
-            if g.blocks > 1:
-                pl.when(unit == last)(lambda: grid.wait(phase))
-
-        await_emptied(phase)
-        return units(activations(name, entry), first, stop, count, before)
+    def qkv(first, stop, count):
+        return units(columns(r.norm_input), first, stop, g.products["qkv"][1], count)
 
     def heads(at):
         plgpu.barrier_wait(r.head_free)
@@ -275,16 +208,15 @@ def feed(g, r, static, grid):
                 plgpu.copy_gmem_to_smem(half, new.at[i], r.head_full)
 
     def before_decision(entry, count):
-        await_emptied(g.phase(entry, QKV))
+        grid.wait(g.phase(entry, QKV))
         first, stop, _ = grid.product("qkv")
         early = jnp.minimum(stop, first + g.feeds)
-        return units(activations("qkv", entry), first, early, count), early
+        return qkv(first, early, count), early
 
     def layer(entry, count, qkv_from):
-        if static.rule:  # for which the worker has waited for all blocks
-            count = units(activations("qkv", entry), qkv_from, grid.product("qkv")[1], count)
-        else:
-            count = product("qkv", QKV, entry, count)
+        if not static.rule:
+            grid.wait(g.phase(entry, QKV))
+        count = qkv(qkv_from, grid.product("qkv")[1], count)
         grid.wait(g.phase(entry, ATTENTION))
         number = r.order[entry]
         if g.select is not None:
@@ -302,15 +234,22 @@ def feed(g, r, static, grid):
             return 0
 
         lax.fori_loop(0, grid.num_items(), turn, 0)
-        grid.wait(g.phase(entry, OUT))
-        count = attended(*grid.product("out"), count)
-        count = product("gate_up", GATE_UP, entry, count)
-        return product("down", DOWN, entry, count)
+        for step, name, source in (
+            (OUT, "out", lambda tile, head: r.attended.at[:, head]),
+            (GATE_UP, "gate_up", columns(r.norm_input)),
+            (DOWN, "down", columns(r.hidden)),
+        ):
+            grid.wait(g.phase(entry, step))
+            count = units(source, *grid.product(name), count)
+        return count
 
     count, ran, going = _layers(r, static, jnp.int32(0), layer, before_decision, lambda: grid.product("qkv")[0])
     if static.fill:
         pl.when(going > 0)(lambda: grid.wait(g.phase(ran, QKV)))  # the states; a rule that ended the layers has waited
-        count = units(final_states(ran), *grid.share(fill_units(g, r, ran)), count)
+        grid.wait(g.phase(ran, QKV) + 1)  # their normalised forms
+        first, stop = grid.share(fill_units(g, r, ran))
+        source = lambda tile, k: columns(r.fill_input.at[ran + fill_tile(g, tile)[0]])(tile, k)  # noqa: E731
+        count = units(source, first, stop, g.d_model // UNIT, count)
     for i in range(g.feeds):
         plgpu.barrier_wait(r.feed_free.at[lax.rem(count + i, g.feeds)])
     plgpu.barrier_wait(r.head_free)

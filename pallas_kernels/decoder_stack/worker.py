@@ -53,6 +53,7 @@ class Worker(Attention, Pages):
             ran = r.count[0]
 
             def planned_layer(entry, counts):
+                self.grid.wait(self.g.phase(entry, QKV), worker=True)
                 return self.layer(entry, counts, (load(r.planned, (), ROWS) <= entry).astype(jnp.int32))
 
             counts = lax.fori_loop(0, ran, planned_layer, counts)
@@ -67,12 +68,6 @@ class Worker(Attention, Pages):
         plgpu.barrier_arrive(r.head_free)
         if g.blocks > 1:
             empty(r.partial.at[self.block])
-
-            def empty_activations(turn, _):
-                empty(r.activations.at[pl.ds(2 * g.d_model + (self.block + turn * g.blocks) * 64, 64)])
-                return 0
-
-            lax.fori_loop(0, self.grid.turns((g.d_model + g.d_ff) // 32), empty_activations, 0)
         if g.splits > 1:
 
             def empty_split(turn, _):
@@ -90,11 +85,11 @@ class Worker(Attention, Pages):
                 halves = [pl.ds(tile * 128 + i * 64, 64) for i in (0, 1)]
                 states = [load(r.x, (half,)) for half in halves]
                 norms = [load(r.norm_attn, (r.order[0], half), FEATURES) for half in halves]
-                inputs = [state * self.over_features(norm) for state, norm in zip(states, norms, strict=True)]
-                self.publish("qkv", 0, tile * 128, inputs)
+                self.stage([state * self.over_features(norm) for state, norm in zip(states, norms, strict=True)])
                 self.put_sum(INPUT, tile, states, states)
                 for half, state in zip(halves, states, strict=True):
-                    r.layer_input[half] = r.stream[half] = state
+                    r.layer_input[half] = state
+                self.put_residual((0, tile, None), states)
 
             nothing = plgpu.layout_cast(jnp.zeros((g.rows,), F32), ROWS)
             for which in (MIDDLE, DOT):
@@ -164,8 +159,10 @@ class Worker(Attention, Pages):
         self.grid.wait(self.g.phase(entry, OUT), worker=True)
         counts = self.product("out", entry, counts, exited, self.begin_residual, self.finish_out)
         self.grid.finish_phase()
+        self.grid.wait(self.g.phase(entry, GATE_UP), worker=True)
         counts = self.product("gate_up", entry, counts, None, self.begin_gate_up, self.finish_gate_up)
         self.grid.finish_phase()
+        self.grid.wait(self.g.phase(entry, DOWN), worker=True)
         counts = self.product("down", entry, counts, exited, self.begin_residual, self.finish_down)
         self.grid.finish_phase()
         return counts
@@ -185,9 +182,6 @@ class Worker(Attention, Pages):
             contraction = g.d_model // UNIT
             units = fill_units(g, r, fill_from)
         first, stop = grid.share(units)
-        if name in g.activations:
-            phase = g.phase(entry, {"qkv": QKV, "gate_up": GATE_UP, "down": DOWN}[name])
-            pl.when(stop <= first)(lambda: grid.wait(phase, worker=True))  # not to be counted for one that is behind
 
         def tile_loop(tile, counts):
             start = jnp.maximum(first, tile * contraction)
@@ -346,49 +340,39 @@ class Worker(Attention, Pages):
         return low, high
 
     def finish_out(self, at, begun, low, high):
-        self.add_residual(at, begun, *self.add_devices(at, 0, low, high), MIDDLE, "gate_up", at[0])
+        news = self.add_residual(at, begun, *self.add_devices(at, 0, low, high), MIDDLE)
         for i, (old, _, _) in enumerate(begun):
             self.r.layer_input[pl.ds(at[1] * 128 + i * 64, 64)] = old
+        self.put_residual(at, news)
 
     def finish_down(self, at, begun, low, high):
-        news = self.add_residual(at, begun, *self.add_devices(at, 1, low, high), INPUT, "qkv", at[0] + 1)
+        news = self.add_residual(at, begun, *self.add_devices(at, 1, low, high), INPUT)
         if self.static.rule:
             self.put_sum(DOT, at[1], news, [before for _, _, before in begun])
+        self.put_residual(at, news)
 
-    def add_residual(self, at, begun, low, high, which, name, entry):
-        """Write the new states of a tile, rounded as the model rounds them; rows that have left keep theirs.
-
-        They are published as what a product of an entry is given, and returned.
-        """
+    def add_residual(self, at, begun, low, high, which):
+        """Return the new states of a tile, rounded as the model rounds them; rows that have left keep theirs."""
         stays = self.over_rows(at[2]) == 0
         news, inputs = [], []
         for (old, norm, _), half in zip(begun, (low, high), strict=True):
             new = (old + half.astype(DTYPE).astype(F32)).astype(DTYPE).astype(F32)
             news.append(jnp.where(stays, new, old))
             inputs.append(news[-1] * self.over_features(norm))
-        self.publish(name, entry, at[1] * 128, inputs)
+        self.stage(inputs)
         self.put_sum(which, at[1], news, news)
-        for i, new in enumerate(news):
-            self.r.stream[pl.ds(at[1] * 128 + i * 64, 64)] = new
         return news
-
-    def publish(self, name, entry, feature, tiles):
-        """Write tiles ``[64, rows]`` of what a product of an entry is given, from a feature on.
-
-        Where the next entry will write is emptied; what the last one wrote there has been read by all blocks.
-        """
-        begin, size = self.g.activations[name]
-        for i, tile in enumerate(tiles):
-            ours, others = (
-                self.r.activations.at[pl.ds(begin + lax.rem(jnp.int32(turn), 2) * size + feature + i * 64, 64)]
-                for turn in (entry, entry + 1)
-            )
-            ours[...] = tile.astype(DTYPE)
-            if self.g.blocks > 1:
-                empty(others)
 
     def put_sum(self, which, tile, left, right):
         self.r.sums[which, tile] = jnp.sum(left[0] * right[0] + left[1] * right[1], axis=0)
+
+    def put_residual(self, at, news):
+        r = self.r
+        for i, new in enumerate(news):
+            features = pl.ds(at[1] * 128 + i * 64, 64)
+            plgpu.copy_smem_to_gmem(r.staged.at[i], r.norm_input.at[:, features])
+            r.stream[features] = new
+        plgpu.wait_smem_to_gmem(0)
 
     def begin_gate_up(self, at, name):
         return self.total_rms(MIDDLE)
@@ -396,13 +380,34 @@ class Worker(Attention, Pages):
     def finish_gate_up(self, at, begun, gate, up):
         scale = self.over_rows(begun)
         gate, up = gate * scale, up * scale
-        self.publish("down", at[0], at[1] * 64, [gate / (1 + jnp.exp(-gate)) * up])
+        self.stage([gate / (1 + jnp.exp(-gate)) * up])
+        plgpu.copy_smem_to_gmem(self.r.staged.at[0], self.r.hidden.at[:, pl.ds(at[1] * 64, 64)])
+        plgpu.wait_smem_to_gmem(0)
 
     # ------------------------------------------------------------------ layers that did not run
 
     def fill(self, ran, counts):
         """Store the keys and values that the layers behind the last one would project from the final states."""
-        self.grid.wait(self.g.phase(ran, QKV), worker=True)
+        g, r = self.g, self.r
+        self.grid.wait(g.phase(ran, QKV), worker=True)
+        tasks = (r.count[1] - ran) * g.tiles
+
+        def normalise(task, _):
+            entry, tile = divide(task, g.tiles)
+            inputs = []
+            for i in (0, 1):
+                features = pl.ds(tile * 128 + i * 64, 64)
+                norm = load(r.norm_attn, (r.order[ran + entry], features), FEATURES)
+                inputs.append(load(r.stream, (features,)) * self.over_features(norm))
+            self.stage(inputs)
+            for i in (0, 1):
+                features = pl.ds(tile * 128 + i * 64, 64)
+                plgpu.copy_smem_to_gmem(r.staged.at[i], r.fill_input.at[ran + entry, :, features])
+            plgpu.wait_smem_to_gmem(0)
+            return 0
+
+        lax.fori_loop(*self.grid.share(tasks), normalise, 0)
+        self.grid.finish_phase()
         self.product("fill", ran, counts, None, self.begin_heads, self.finish_fill, fill_from=ran)
 
     def finish_fill(self, at, begun, low, high):
