@@ -61,12 +61,15 @@ def scaling_table() -> str:
     rows, two = read_rows("scaling_h200"), _on_two()
     case = lambda row: tuple(row[name] for name in ("shape", "mesh", "stacked", "batch", "context"))  # noqa: E731
     dense = {case(row): row["median_ms"] for row in rows if row["plan"] == "dense" and "median_ms" in row}
+    head = ["shape", "mesh", "plan", "batch", "cache slots", "layers run", "ms a step", "tokens/s", "of the floor"]
+    head += ["beyond it, a layer", "XLA's collectives", "GiB a device", "against dense", "against two GPUs"]
     lines = []
     for row in (row for row in rows if row["plan"] != "prompt"):
         plan = row["plan"] if row["stacked"] else f"{row['plan']}, layers in a list"
         lines.append([row["shape"], row["mesh"].replace(",", ", "), plan, str(row["batch"]), str(row["context"])])
         if "needed_gib" in row:
-            lines[-1] += ["", f"does not fit: {row['needed_gib']:.0f} of {row['had_gib']:.0f} GiB", *[""] * 7]
+            lines[-1] += ["", f"does not fit: {row['needed_gib']:.0f} of {row['had_gib']:.0f} GiB"]
+            lines[-1] += [""] * (len(head) - len(lines[-1]))
             continue
         beyond = 1000 * (row["median_ms"] - row["floor_ms"]) / row["layers_run"]
         fewer = two.get(row["plan"], {}) if row["batch"] == 1 and row["stacked"] else {}
@@ -82,8 +85,6 @@ def scaling_table() -> str:
             f"{dense[case(row)] / row['median_ms']:.2f}x" if case(row) in dense else "",
             f"{fewer['median_ms'] / row['median_ms']:.2f}x" if same else "",
         ]
-    head = ["shape", "mesh", "plan", "batch", "cache slots", "layers run", "ms a step", "tokens/s", "of the floor"]
-    head += ["beyond it, a layer", "XLA's collectives", "GiB a device", "against dense", "against two GPUs"]
     about = rows[0]
     note = (
         "\nRandom weights, bfloat16, stacked layers in one kernel unless said otherwise, all but "

@@ -96,8 +96,8 @@ def _places(layout, rank, ref):
     linear = arith.index_cast(ir.IntegerType.get_signless(32), linear)
     first = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [linear], ir.F32Type.get())
     if isinstance(layout, mgpu.TiledLayout):
-        strides = layout.tiling.tile_strides(tuple(mgpu.utils.get_contiguous_strides(shape)))
-        behind = [np.dot(at, strides) for at in np.ndindex(*registers)]
+        between = layout.tiling.tile_strides(tuple(mgpu.utils.get_contiguous_strides(shape)))
+        behind = [np.dot(at, between) for at in np.ndindex(*registers)]
     else:
         behind = [i * mgpu.utils.WARPGROUP_SIZE * layout.vec_size for i in range(math.prod(registers))]
     strides, _ = slot.get_strides_and_offset()

@@ -65,8 +65,7 @@ class Grid:
         ``count`` pages it chooses among ``live``, of which the last holds the tokens before the new one.
         """
         g, window, select = self.g, self.static.window, self.g.select
-        item = self.block + turn * g.blocks
-        head, split = divide(item, g.splits)
+        head, split = divide(self.block + turn * g.blocks, g.splits)
         batch, kv_head = divide(head, g.kv_heads)
         older = self.r.position[batch]
         live, chooses = jnp.int32(1), jnp.bool_(False)
@@ -82,7 +81,7 @@ class Grid:
         splits = jnp.clip(chunks, 1, g.splits)  # those with anything to read
         bound = lambda split: first + lax.div(jnp.minimum(split, splits) * chunks, splits)  # noqa: E731
         return SimpleNamespace(
-            item=item, head=head, batch=batch, kv_head=kv_head, split=split, splits=splits, older=older,
+            head=head, batch=batch, kv_head=kv_head, split=split, splits=splits, older=older,
             start=bound(split), stop=bound(split + 1), live=live, count=count, chooses=chooses,
         )  # fmt: skip
 

@@ -178,12 +178,11 @@ class Attention:
 
             @pl.when(r.writes[at.batch] > 0)
             def _():
+                row = (at.batch, at.kv_head, g.group)
                 for which, cache in enumerate((r.k_cache, r.v_cache)):
-                    cache[layer, at.batch, r.position[at.batch], at.kv_head] = r.heads[
-                        which, at.batch, at.kv_head, g.group
-                    ]
+                    cache[layer, at.batch, r.position[at.batch], at.kv_head] = r.heads[which, *row]
                 if g.select is not None:
-                    new = [load(r.heads, (0, at.batch, at.kv_head, g.group, pl.ds(i * 64, 64)), ROWS) for i in (0, 1)]
+                    new = [load(r.heads, (0, *row, pl.ds(i * 64, 64)), ROWS) for i in (0, 1)]
                     self.summarize(layer, at.batch, at.kv_head, new)
 
         if g.splits == 1:

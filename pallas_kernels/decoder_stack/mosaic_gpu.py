@@ -186,6 +186,7 @@ def build(g: Geometry, *, entries: int, **static: Any):
         "hidden": shape((g.rows, g.d_ff), dtype),
         "fill_input": shape((entries if static["fill"] else 1, g.rows, g.d_model), dtype),
         "partial": shape((g.blocks, 2, 64, g.rows), f32),
+        # of both halves of the features, by splits: mixed values, and the logarithm of their mass for the same readers
         "split": shape((g.batch * g.kv_heads, 2, 2 * g.split_places, 64, g.head_rows), f32),
         "sums": shape((3, g.padded_tiles, g.rows), f32),
         "scores": shape((g.batch * g.kv_heads, max(1, g.score_chunks * UNIT)), f32),

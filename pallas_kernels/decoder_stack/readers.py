@@ -34,10 +34,10 @@ def stream(g, r, static, grid):
         lax.fori_loop(arrived, wanted, one, 0)
         return jnp.maximum(arrived, wanted)
 
-    def put(counts, ask, first, full=r.ring_full):
+    def put(counts, ask, first, *, of_pages=False):
         """Ask for a unit of a phase, whose first was the ``first`` of all, once few enough are on their way.
 
-        ``ask(slot)`` starts the transfers into a slot of the ring, which arrive at its ``full``.
+        ``ask(slot)`` starts the transfers into a slot of the ring.
         """
         count, arrived, pages = counts
         slot = lax.rem(count, g.stages)
@@ -46,7 +46,7 @@ def stream(g, r, static, grid):
         ask(slot)
         if g.select is not None:
             bit = lax.shift_left(jnp.int32(1), slot)
-            pages = pages & ~bit if full is r.ring_full else pages | bit
+            pages = pages | bit if of_pages else pages & ~bit
         return count + 1, arrived, pages
 
     def put_halves(counts, halves, first):
@@ -124,7 +124,7 @@ def stream(g, r, static, grid):
                 begun = counts[0] - g.stages  # nothing could be read before the phase had begun
                 for cache in (r.k_cache, r.v_cache):
                     ask = functools.partial(ask_pages, cache.at[layer, at.batch, :, at.kv_head], chosen)
-                    counts = put(counts, ask, begun, r.pages_full)
+                    counts = put(counts, ask, begun, of_pages=True)
                 return counts
 
             def choose(counts):

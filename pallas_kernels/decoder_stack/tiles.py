@@ -11,6 +11,7 @@ from pallas_kernels.exchange import TILE
 DTYPE, F32 = jnp.bfloat16, jnp.float32
 ROWS = TILE.reduce(0)  # [rows]
 FEATURES = TILE.reduce(1)  # [64]
+# [32 features, rows]
 PART = plgpu.Layout.TILED(Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 INPUT, MIDDLE, DOT = range(3)  # per-tile sums: squares entering a layer and its MLP; products with the input
 

@@ -36,7 +36,7 @@ class Worker(heads.Attention):
         self.g, self.grid = geometry, SimpleNamespace(wait=lambda *_, **__: None)
         split = Slots(2, 2, 2 * geometry.split_places, 64, geometry.head_rows)
         self.r = SimpleNamespace(split=split, writes=[0])
-        self.sharers, self.attended, self.turns = [], {}, []
+        self.sharers, self.attended = [], {}
 
     def combine(self, at):
         self.sharers.append(at)
