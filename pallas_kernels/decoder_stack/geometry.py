@@ -108,13 +108,18 @@ class Geometry:
         return self.batch * self.kv_heads * self.splits
 
     @property
+    def mlp_features(self) -> int:
+        """Features of the MLP in a tile, the units of their gates first; of the most rows registers hold only 64."""
+        return 64 if self.rows == MAX_ROWS else 128
+
+    @property
     def products(self) -> dict[str, tuple[int, int]]:
         """Tiles and contraction units of each product."""
         queries = self.kv_heads * self.group * self.head_dim
         return {
             "qkv": (self.heads, self.d_model // UNIT),
             "out": (self.tiles, queries // UNIT),
-            "gate_up": (self.d_ff // 64, self.d_model // UNIT),
+            "gate_up": (self.d_ff // self.mlp_features, self.mlp_features // 64 * self.d_model // UNIT),
             "down": (self.tiles, self.d_ff // UNIT),
         }
 
@@ -136,6 +141,11 @@ class Geometry:
         if self.select is not None:
             fit = {8: (6, 8, 8), 16: (8, 8, 6), 32: (4, 3, 2), 64: (3, 3, 2)}
         return fit[self.rows][self.head_rows // 8 - 1]
+
+    @property
+    def made_together(self) -> int:
+        """Units of activations for layers that did not run whose states are asked for at once."""
+        return {8: 4, 16: 2, 32: 1, 64: 1}[self.rows]
 
     @property
     def page_parts(self) -> int:

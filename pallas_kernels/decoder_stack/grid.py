@@ -42,8 +42,9 @@ class Grid:
         return lax.div(index * units, workers), lax.div(jnp.minimum(index + 1, workers) * units, workers)
 
     def product(self, name):
+        """Return this block's units of a product, the first and the one behind the last."""
         tiles, contraction = self.g.products[name]
-        return (*self.share(jnp.int32(tiles * contraction)), contraction)
+        return self.share(jnp.int32(tiles * contraction))
 
     def owners(self, tile, contraction, units):
         """Return the first and the last block that work on a tile."""

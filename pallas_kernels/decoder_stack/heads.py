@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decoder_stack.geometry import ATTENTION, UNIT
-from pallas_kernels.decoder_stack.tiles import DTYPE, F32, PART, ROWS, TILE, divide, load
+from pallas_kernels.decoder_stack.tiles import DTYPE, F32, PART, ROWS, TILE, divide, load, over_features
 from pallas_kernels.exchange import put, take, warm
 
 EMPTY = -1e30  # score of a slot that must not be read: exp2 of its distance to any score is 0
@@ -88,7 +88,6 @@ class Attention:
     def attend_itself(self, counts):
         """Return the state of an online softmax over the new token alone, or over nothing if ``counts`` is 0."""
         g, r = self.g, self.r
-        over_features = lambda vector: lax.broadcast_in_dim(vector, (64, g.head_rows), [0])  # noqa: E731
         row = plgpu.broadcasted_iota(jnp.int32, (64, g.head_rows), 1, layout=TILE)
         score, mixed = [], []
         for i in (0, 1):
@@ -96,8 +95,8 @@ class Attention:
                 plgpu.load(new.at[i].T, layout=TILE, optimized=False).astype(F32) for new in (r.new_k, r.new_v)
             )
             key, value = (jnp.sum(jnp.where(row == g.group, part, 0.0), axis=1) for part in (heads, values))
-            score.append(heads * over_features(key))
-            mixed.append(over_features(value) * counts)
+            score.append(heads * over_features(key, g.head_rows))
+            mixed.append(over_features(value, g.head_rows) * counts)
         score = jnp.sum(score[0] + score[1], axis=0) * (LOG2E / math.sqrt(g.head_dim))
         mass = plgpu.layout_cast(jnp.full((g.head_rows,), 1.0, F32), ROWS) * counts
         return *mixed, score * counts + EMPTY * (1 - counts), mass

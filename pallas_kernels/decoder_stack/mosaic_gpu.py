@@ -3,8 +3,9 @@
 Every multiprocessor holds one block of three warpgroups. The *streamer* reads weights and cached keys and values by TMA
 into a ring of buffers; nothing it reads depends on the token, chosen pages excepted, so it runs ahead through the
 phases of a layer. It has no more in flight than keeps memory busy, as every other trip through memory waits behind it:
-one unit at a time as long as the phase of those units may not have begun, since the end of the last one is such trips.
-The *feeder* does the same with activations, phase by phase. The *worker* multiplies, with the weights as the 64-row
+one unit at a time, the first beside the last of the phase before, as long as the phase of those units may not have
+begun, since the end of the phase before is such trips. The *feeder* does the same with activations, phase by phase, and
+makes those of layers that did not run from the final states. The *worker* multiplies, with the weights as the 64-row
 left side of the tensor cores' products and the few rows of activations as the right side, so that one row costs what
 eight cost. A phase ends at a barrier over all blocks, whose wait the ring hides in part.
 
@@ -49,7 +50,6 @@ OUTPUTS = (
     "heads",
     "attended",
     "hidden",
-    "fill_input",
     "partial",
     "split",
     "sums",
@@ -184,8 +184,7 @@ def build(g: Geometry, *, entries: int, **static: Any):
         "heads": shape((2, g.batch, g.kv_heads, g.head_rows, g.head_dim), dtype),  # queries and new key; new value
         "attended": shape((g.rows, g.kv_heads * g.group, g.head_dim), dtype),
         "hidden": shape((g.rows, g.d_ff), dtype),
-        "fill_input": shape((entries if static["fill"] else 1, g.rows, g.d_model), dtype),
-        "partial": shape((g.blocks, 2, 64, g.rows), f32),
+        "partial": shape((g.blocks, 4, 64, g.rows), f32),
         # of both halves of the features, by splits: mixed values, and the logarithm of their mass for the same readers
         "split": shape((g.batch * g.kv_heads, 2, 2 * g.split_places, 64, g.head_rows), f32),
         "sums": shape((3, g.padded_tiles, g.rows), f32),

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decoder_stack.geometry import ATTENTION, DOWN, GATE_UP, OUT, QKV, UNIT
-from pallas_kernels.decoder_stack.tiles import divide, fill_tile, fill_units
+from pallas_kernels.decoder_stack.tiles import DTYPE, FEATURES, divide, fill_tile, fill_units, load, over_features
 from pallas_kernels.topk_pages.mosaic_gpu import choose_in_warpgroup
 
 REGISTERS, CHOOSING = 104, 152  # beside the worker's 240, of 504 for three threads
@@ -42,7 +42,8 @@ def stream(g, r, static, grid):
         count, arrived, pages = counts
         slot = lax.rem(count, g.stages)
         plgpu.barrier_wait(r.ring_free.at[slot])
-        arrived = await_units(arrived, count + 1 - jnp.where(count < first + g.stages, 1, g.in_flight), pages)
+        early = jnp.where(count == first, g.in_flight - 1, 1)
+        arrived = await_units(arrived, count + 1 - jnp.where(count < first + g.stages, early, g.in_flight), pages)
         ask(slot)
         if g.select is not None:
             bit = lax.shift_left(jnp.int32(1), slot)
@@ -74,11 +75,13 @@ def stream(g, r, static, grid):
 
     def source(name, layer, unit):
         tile, k = divide(unit, g.products[name][1])
-        rows = pl.ds(k * UNIT, UNIT)
+        weights = {"qkv": r.wqkv, "out": r.wo, "gate_up": r.w_gate_up, "down": r.w_down}[name].at[layer]
+        if name == "gate_up" and g.mlp_features == 64:
+            return [weights.at[i, pl.ds(k * UNIT, UNIT), pl.ds(tile * 64, 64)] for i in (0, 1)]
         if name == "gate_up":
-            return [r.w_gate_up.at[layer, i, rows, pl.ds(tile * 64, 64)] for i in (0, 1)]
-        weights = {"qkv": r.wqkv, "out": r.wo, "down": r.w_down}[name]
-        return [weights.at[layer, rows, pl.ds(tile * 128 + i * 64, 64)] for i in (0, 1)]
+            which, k = divide(k, g.d_model // UNIT)
+            weights = weights.at[which]
+        return [weights.at[pl.ds(k * UNIT, UNIT), pl.ds(tile * 128 + i * 64, 64)] for i in (0, 1)]
 
     def units(name, entry, first, stop, counts):
         phase = counts[0] - (first - grid.product(name)[0])
@@ -151,12 +154,12 @@ def stream(g, r, static, grid):
                 plgpu.barrier_wait(r.scored)
         counts = attention(entry, counts)
         for name in ("out", "gate_up", "down"):
-            first, stop, _ = grid.product(name)
+            first, stop = grid.product(name)
             counts = units(name, entry, first, stop, counts)
         return counts
 
     def before_decision(entry, counts):
-        first, stop, _ = grid.product("qkv")
+        first, stop = grid.product("qkv")
         early = jnp.minimum(stop, first + g.stages)
         return units("qkv", entry, first, early, counts), early
 
@@ -183,22 +186,51 @@ def feed(g, r, static, grid):
     """Read activations as soon as all blocks have written them."""
     plgpu.set_max_registers(REGISTERS, action="decrease")
 
-    def units(source, first, stop, contraction, count):
-        """Read ``source(tile, k)``, the ``k``-th part ``[rows, UNIT]`` of the contraction, for each of the units."""
+    def units(source, parts, first, stop, count):
+        """Read ``source(k)`` for each of the units, of ``parts`` parts ``[rows, UNIT]`` that tiles take in turn."""
 
         def unit(u, count):
             slot = lax.rem(count, g.feeds)
             plgpu.barrier_wait(r.feed_free.at[slot])
-            plgpu.copy_gmem_to_smem(source(*divide(u, contraction)), r.feed.at[slot], r.feed_full.at[slot])
+            plgpu.copy_gmem_to_smem(source(lax.rem(u, jnp.int32(parts))), r.feed.at[slot], r.feed_full.at[slot])
             return count + 1
 
         return lax.fori_loop(first, stop, unit, count)
 
+    def final_states(ran, first, stop, count):
+        """Make what a layer that did not run would have been given of the final states, as no layer has written it."""
+
+        def read(u):
+            tile, k = divide(u, g.d_model // UNIT)
+            halves = []
+            for i in (0, 1):
+                features = pl.ds(k * UNIT + i * 64, 64)
+                norm = load(r.norm_attn, (r.order[ran + fill_tile(g, tile)[0]], features), FEATURES)
+                halves.append(load(r.stream, (features,)) * over_features(norm, g.rows))
+            return halves
+
+        def some(turn, count):
+            begin = first + turn * g.made_together
+            for i, halves in enumerate([read(jnp.minimum(begin + i, stop - 1)) for i in range(g.made_together)]):
+
+                @pl.when(begin + i < stop)
+                def _(i=i, halves=halves):
+                    slot = lax.rem(count + i, g.feeds)
+                    plgpu.barrier_wait(r.feed_free.at[slot])
+                    for part, half in enumerate(halves):
+                        r.feed.at[slot, :, pl.ds(part * 64, 64)].T[...] = half.astype(DTYPE)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(r.feed_full.at[slot])
+
+            return count + jnp.minimum(g.made_together, stop - begin)
+
+        return lax.fori_loop(0, lax.div(stop - first + g.made_together - 1, g.made_together), some, count)
+
     def columns(ref):
-        return lambda tile, k: ref.at[:, pl.ds(k * UNIT, UNIT)]
+        return lambda k: ref.at[:, pl.ds(k * UNIT, UNIT)], ref.shape[1] // UNIT
 
     def qkv(first, stop, count):
-        return units(columns(r.norm_input), first, stop, g.products["qkv"][1], count)
+        return units(*columns(r.norm_input), first, stop, count)
 
     def heads(at):
         plgpu.barrier_wait(r.head_free)
@@ -209,7 +241,7 @@ def feed(g, r, static, grid):
 
     def before_decision(entry, count):
         grid.wait(g.phase(entry, QKV))
-        first, stop, _ = grid.product("qkv")
+        first, stop = grid.product("qkv")
         early = jnp.minimum(stop, first + g.feeds)
         return qkv(first, early, count), early
 
@@ -235,21 +267,18 @@ def feed(g, r, static, grid):
 
         lax.fori_loop(0, grid.num_items(), turn, 0)
         for step, name, source in (
-            (OUT, "out", lambda tile, head: r.attended.at[:, head]),
+            (OUT, "out", (lambda head: r.attended.at[:, head], r.attended.shape[1])),
             (GATE_UP, "gate_up", columns(r.norm_input)),
             (DOWN, "down", columns(r.hidden)),
         ):
             grid.wait(g.phase(entry, step))
-            count = units(source, *grid.product(name), count)
+            count = units(*source, *grid.product(name), count)
         return count
 
     count, ran, going = _layers(r, static, jnp.int32(0), layer, before_decision, lambda: grid.product("qkv")[0])
     if static.fill:
         pl.when(going > 0)(lambda: grid.wait(g.phase(ran, QKV)))  # the states; a rule that ended the layers has waited
-        grid.wait(g.phase(ran, QKV) + 1)  # their normalised forms
-        first, stop = grid.share(fill_units(g, r, ran))
-        source = lambda tile, k: columns(r.fill_input.at[ran + fill_tile(g, tile)[0]])(tile, k)  # noqa: E731
-        count = units(source, first, stop, g.d_model // UNIT, count)
+        count = final_states(ran, *grid.share(fill_units(g, r, ran)), count)
     for i in range(g.feeds):
         plgpu.barrier_wait(r.feed_free.at[lax.rem(count + i, g.feeds)])
     plgpu.barrier_wait(r.head_free)

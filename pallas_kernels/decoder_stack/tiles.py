@@ -37,6 +37,11 @@ def load(ref, index=(), layout=TILE):
     return plgpu.load(ref.at[index] if index else ref, layout=layout, optimized=False)
 
 
+def over_features(vector, rows):
+    """Return a vector of 64 features as a tile, the same in each of its rows."""
+    return lax.broadcast_in_dim(vector.astype(F32), (64, rows), [0])
+
+
 def keep_if(flag, tile, otherwise):
     """Return a tile if a scalar is true, else ``otherwise`` throughout, whatever the tile holds."""
     return jnp.where(plgpu.layout_cast(jnp.full(tile.shape, flag.astype(F32)), TILE) > 0, tile, otherwise)

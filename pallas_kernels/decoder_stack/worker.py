@@ -23,6 +23,7 @@ from pallas_kernels.decoder_stack.tiles import (
     fill_units,
     keep_if,
     load,
+    over_features,
 )
 from pallas_kernels.exchange import empty, put, send, take, warm
 
@@ -85,7 +86,9 @@ class Worker(Attention, Pages):
                 halves = [pl.ds(tile * 128 + i * 64, 64) for i in (0, 1)]
                 states = [load(r.x, (half,)) for half in halves]
                 norms = [load(r.norm_attn, (r.order[0], half), FEATURES) for half in halves]
-                self.stage([state * self.over_features(norm) for state, norm in zip(states, norms, strict=True)])
+                self.stage(
+                    [state * over_features(norm, self.g.rows) for state, norm in zip(states, norms, strict=True)]
+                )
                 self.put_sum(INPUT, tile, states, states)
                 for half, state in zip(halves, states, strict=True):
                     r.layer_input[half] = state
@@ -131,7 +134,7 @@ class Worker(Attention, Pages):
     def drain(self, counts):
         """Take the weights and states that were read for a layer that does not run."""
         g, r = self.g, self.r
-        first, stop, _ = self.grid.product("qkv")
+        first, stop = self.grid.product("qkv")
 
         def take(full, free, slots, count):
             def one(_, count):
@@ -182,45 +185,57 @@ class Worker(Attention, Pages):
             contraction = g.d_model // UNIT
             units = fill_units(g, r, fill_from)
         first, stop = grid.share(units)
+        matrices = g.mlp_features // 64 if name == "gate_up" else 1
+
+        def multiply(tile, counts):
+            sums, part = [], contraction // matrices
+            for i in range(matrices):
+                start = tile * contraction + i * part
+                low, high, counts = self.multiply(jnp.maximum(first, start), jnp.minimum(stop, start + part), counts)
+                sums += [low, high]
+            return sums, counts
 
         def tile_loop(tile, counts):
-            start = jnp.maximum(first, tile * contraction)
-            end = jnp.minimum(stop, (tile + 1) * contraction)
             at = (entry, tile, exited)
             if g.blocks == 1:
-                low, high, counts = self.multiply(start, end, counts)
-                finish(at, begin(at, name), low, high)
+                sums, counts = multiply(tile, counts)
+                finish(at, begin(at, name), *sums)
                 return counts
             owner, last = grid.owners(tile, contraction, units)
             pl.when(owner == self.block)(lambda: warm(self.needed(at, name)))
-            pl.when(owner != self.block)(lambda: warm([r.partial.at[self.block]]))
-            low, high, counts = self.multiply(start, end, counts)
+            pl.when(owner != self.block)(lambda: warm([r.partial.at[self.block, pl.ds(0, 2 * matrices)]]))
+            sums, counts = multiply(tile, counts)
 
             @pl.when(owner != self.block)
             def _():
-                put(r.partial.at[self.block], (low, high))
+                put(r.partial.at[self.block, pl.ds(0, 2 * matrices)], sums)
 
             @pl.when(owner == self.block)
             def _():
-                finish(at, begin(at, name), *self.collect(low, high, owner, last))
+                finish(at, begin(at, name), *self.collect(sums, owner, last))
 
             return counts
 
         tiles_end = jnp.where(stop > first, lax.div(stop + contraction - 1, contraction), lax.div(first, contraction))
         return lax.fori_loop(lax.div(first, contraction), tiles_end, tile_loop, counts)
 
-    def collect(self, low, high, owner, last):
+    def collect(self, sums, owner, last):
         """Add the other blocks' sums of a tile, in the order of the blocks."""
-        g = self.g
+        g, pairs = self.g, len(sums) // 2
+        others = max(1, g.together // pairs)
 
         def add(turn, sums):
-            others = [owner + 1 + turn * g.together + offset for offset in range(g.together)]
-            parts = take([self.r.partial.at[jnp.minimum(other, last)] for other in others])
-            for other, part in zip(others, parts, strict=True):
-                sums = tuple(s + keep_if(other <= last, p, 0.0) for s, p in zip(sums, part, strict=True))
-            return sums
+            sums = list(sums)
+            asked = [(owner + 1 + turn * others + i, pair) for i in range(others) for pair in range(pairs)]
+            for first in range(0, len(asked), g.together):
+                some = asked[first : first + g.together]
+                slots = [self.r.partial.at[jnp.minimum(other, last), pl.ds(2 * pair, 2)] for other, pair in some]
+                for (other, pair), part in zip(some, take(slots), strict=True):
+                    for i in (0, 1):
+                        sums[2 * pair + i] += keep_if(other <= last, part[i], 0.0)
+            return tuple(sums)
 
-        return lax.fori_loop(0, lax.div(last - owner + g.together - 1, g.together), add, (low, high))
+        return lax.fori_loop(0, lax.div(last - owner + others - 1, others), add, tuple(sums))
 
     def multiply(self, start, end, counts):
         """Return a tile's two halves [64, rows], summed over the units from ``start`` to ``end``."""
@@ -246,9 +261,6 @@ class Worker(Attention, Pages):
 
     def over_rows(self, vector):
         return lax.broadcast_in_dim(vector, (64, self.g.rows), [1])
-
-    def over_features(self, vector):
-        return lax.broadcast_in_dim(vector.astype(F32), (64, self.g.rows), [0])
 
     def total(self, which):
         """Return the sum over tiles, [rows]."""
@@ -296,7 +308,7 @@ class Worker(Attention, Pages):
         halves = [half * self.over_rows(scale) for half in (low, high)]
         if "bqkv" in static.inputs:
             bias = [load(r.bqkv, (layer, pl.ds(tile * 128 + i * 64, 64)), FEATURES) for i in (0, 1)]
-            halves = [half + self.over_features(b) for half, b in zip(halves, bias, strict=True)]
+            halves = [half + over_features(b, self.g.rows) for half, b in zip(halves, bias, strict=True)]
         turned = (head <= g.group).astype(F32)
         if "norm_q" in static.inputs:
             squares = jnp.sum(halves[0] * halves[0] + halves[1] * halves[1], axis=0)
@@ -304,7 +316,7 @@ class Worker(Attention, Pages):
             query, key = ((head < g.group).astype(F32), (head == g.group).astype(F32))
             for i in (0, 1):
                 weight = [load(n, (layer, pl.ds(i * 64, 64)), FEATURES).astype(F32) for n in (r.norm_q, r.norm_k)]
-                factor = scale * self.over_features(weight[0] * query + weight[1] * key) + (1 - turned)
+                factor = scale * over_features(weight[0] * query + weight[1] * key, self.g.rows) + (1 - turned)
                 halves[i] = halves[i] * (factor * turned + (1 - turned))
         cos, sin = cos * turned + (1 - turned), sin * turned
         return halves[0] * cos - halves[1] * sin, halves[1] * cos + halves[0] * sin
@@ -358,7 +370,7 @@ class Worker(Attention, Pages):
         for (old, norm, _), half in zip(begun, (low, high), strict=True):
             new = (old + half.astype(DTYPE).astype(F32)).astype(DTYPE).astype(F32)
             news.append(jnp.where(stays, new, old))
-            inputs.append(news[-1] * self.over_features(norm))
+            inputs.append(news[-1] * over_features(norm, self.g.rows))
         self.stage(inputs)
         self.put_sum(which, at[1], news, news)
         return news
@@ -377,37 +389,21 @@ class Worker(Attention, Pages):
     def begin_gate_up(self, at, name):
         return self.total_rms(MIDDLE)
 
-    def finish_gate_up(self, at, begun, gate, up):
+    def finish_gate_up(self, at, begun, *halves):
         scale = self.over_rows(begun)
-        gate, up = gate * scale, up * scale
-        self.stage([gate / (1 + jnp.exp(-gate)) * up])
-        plgpu.copy_smem_to_gmem(self.r.staged.at[0], self.r.hidden.at[:, pl.ds(at[1] * 64, 64)])
+        halves = [half * scale for half in halves]
+        pairs = list(zip(halves[: len(halves) // 2], halves[len(halves) // 2 :], strict=True))
+        self.stage([gate / (1 + jnp.exp(-gate)) * up for gate, up in pairs])
+        for i in range(len(pairs)):
+            features = pl.ds(at[1] * self.g.mlp_features + i * 64, 64)
+            plgpu.copy_smem_to_gmem(self.r.staged.at[i], self.r.hidden.at[:, features])
         plgpu.wait_smem_to_gmem(0)
 
     # ------------------------------------------------------------------ layers that did not run
 
     def fill(self, ran, counts):
         """Store the keys and values that the layers behind the last one would project from the final states."""
-        g, r = self.g, self.r
-        self.grid.wait(g.phase(ran, QKV), worker=True)
-        tasks = (r.count[1] - ran) * g.tiles
-
-        def normalise(task, _):
-            entry, tile = divide(task, g.tiles)
-            inputs = []
-            for i in (0, 1):
-                features = pl.ds(tile * 128 + i * 64, 64)
-                norm = load(r.norm_attn, (r.order[ran + entry], features), FEATURES)
-                inputs.append(load(r.stream, (features,)) * self.over_features(norm))
-            self.stage(inputs)
-            for i in (0, 1):
-                features = pl.ds(tile * 128 + i * 64, 64)
-                plgpu.copy_smem_to_gmem(r.staged.at[i], r.fill_input.at[ran + entry, :, features])
-            plgpu.wait_smem_to_gmem(0)
-            return 0
-
-        lax.fori_loop(*self.grid.share(tasks), normalise, 0)
-        self.grid.finish_phase()
+        self.grid.wait(self.g.phase(ran, QKV), worker=True)
         self.product("fill", ran, counts, None, self.begin_heads, self.finish_fill, fill_from=ran)
 
     def finish_fill(self, at, begun, low, high):

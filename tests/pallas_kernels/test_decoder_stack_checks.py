@@ -134,7 +134,7 @@ def test_units_are_dealt_to_blocks_without_gaps(units):
 
 def test_sizes_of_a_model_of_eight_billion_weights():
     geometry = llama_8b(1)
-    assert geometry.products == {"qkv": (48, 32), "out": (32, 32), "gate_up": (224, 32), "down": (32, 112)}
+    assert geometry.products == {"qkv": (48, 32), "out": (32, 32), "gate_up": (112, 64), "down": (32, 112)}
     assert (geometry.rows, geometry.head_rows, geometry.splits, llama_8b(9).rows) == (8, 8, 16, 16)
 
 
