@@ -30,6 +30,7 @@ from dyninf.plan import Plan, catches_up, check, propagates
 from dyninf.prompt_run import check_chunk, padded_length, run_prompt
 from dyninf.prompts import PAD, check_key, check_prompts, stop_matrix
 from dyninf.stats import StepStats
+from dyninf.step_loop import run_steps
 
 
 def prefill(
@@ -69,7 +70,7 @@ def prefill(
     cache = init_cache(model, batch, spec, **cache_layout(plan, model, batch, length, spec))
     last_BTD, caches, pending = run_prompt(model, tokens, lengths, plan, cache, chunk)
     logits_BV = model.unembed(last_BTD)[:, 0].astype(jnp.float32)
-    stop = jnp.zeros((0, 1), jnp.int32) if stop is None else stop
+    stop = stop_matrix(()) if stop is None else stop
     state = DecodeState(
         token=jnp.zeros(batch, jnp.int32),
         cache=advance(cache, stack_caches(caches) if _stacks(model, plan) else caches, lengths),
@@ -244,7 +245,7 @@ def _sample(state: DecodeState, logits_BV: jax.Array, plan: Plan) -> DecodeState
     """Draw the next token of every sequence that is not done, and see whether it ends the text."""
     key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.key, state.step)
     token = jnp.where(state.done, state.token, plan.sampler(logits_BV, key_B))
-    recent = jnp.concatenate([state.recent[:, 1:], token[:, None]], axis=1)
+    recent = jnp.concatenate([state.recent, token[:, None]], axis=1)[:, 1:]
     hits_BR = jnp.all((state.stop[None] == recent[:, None]) | (state.stop[None] == PAD), axis=-1)
     done = state.done | jnp.any(hits_BR, axis=-1) | state.cache.full
     return dataclasses.replace(state, token=token, recent=recent, done=done, step=state.step + 1)
@@ -262,26 +263,13 @@ def _decode_step(model, state, plan, driver):
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "driver"), donate_argnames=("state",))
 def _decode_loop(model, state, plan, *, max_new_tokens, driver):
-    # The final state is returned although nobody needs it: without an output to alias, the cache could not be donated.
-    batch = state.token.shape[0]
-    _, shapes = jax.eval_shape(lambda m, s, p: decode_step(m, s, p, driver=driver), model, state, plan)
-    stats = jax.tree.map(lambda leaf: jnp.zeros((max_new_tokens - 1, *leaf.shape), leaf.dtype), shapes)
-    tokens = jnp.full((batch, max_new_tokens), PAD, jnp.int32).at[:, 0].set(state.token)
-
-    def unfinished(carry):
-        state, _, _ = carry
-        return (state.step < max_new_tokens) & ~jnp.all(state.done)
-
-    def body(carry):
-        state, tokens, stats = carry
-        before, index = state.done, state.step
-        state, new = decode_step(model, state, plan, driver=driver)
-        tokens = tokens.at[:, index].set(jnp.where(before, PAD, state.token))
-        return state, tokens, jax.tree.map(lambda all_, one: all_.at[index - 1].set(one), stats, new)
-
-    if max_new_tokens > 1:
-        state, tokens, stats = jax.lax.while_loop(unfinished, body, (state, tokens, stats))
+    first_B = state.token
+    step = functools.partial(decode_step, model, plan=plan, driver=driver)
+    unfinished = lambda state: (state.step < max_new_tokens) & ~jnp.all(state.done)  # noqa: E731
+    made_NB, stats, state = run_steps(step, state, unfinished, max_new_tokens - 1)
+    tokens = jnp.concatenate([first_B[:, None], made_NB.T], axis=1)
     lengths = jnp.sum(tokens != PAD, axis=1)
+    # The final state is returned although nobody needs it: without an output to alias, the cache could not be donated.
     return Generation(tokens=tokens, lengths=lengths, stopped=state.done, stats=stats), state
 
 

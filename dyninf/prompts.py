@@ -73,7 +73,7 @@ def stop_matrix(stop: Sequence[int | Sequence[int]]) -> jax.Array:
     rows = [[entry] if np.ndim(entry) == 0 else list(entry) for entry in stop]
     if any(not row or any(not _is_id(entry) for entry in row) for row in rows):
         raise refused
-    width = max((len(row) for row in rows), default=1)
+    width = max((len(row) for row in rows), default=0)
     filled = [[PAD] * (width - len(row)) + [int(entry) for entry in row] for row in rows]
     return jnp.asarray(filled, jnp.int32).reshape(len(rows), width)
 

@@ -292,4 +292,4 @@ def test_scan_refuses_layers_that_differ(shallow_model):
 def test_stop_matrix_by_hand():
     matrix = stop_matrix([5, (1, 2, 3), np.int64(7), [4, 4]])
     assert matrix.tolist() == [[-1, -1, 5], [1, 2, 3], [-1, -1, 7], [-1, 4, 4]] and matrix.dtype == jnp.int32
-    assert stop_matrix(()).shape == (0, 1) and stop_matrix(np.array([3, 4])).tolist() == [[3], [4]]
+    assert stop_matrix(()).shape == (0, 0) and stop_matrix(np.array([3, 4])).tolist() == [[3], [4]]

@@ -27,6 +27,7 @@ from dyninf.models import MeshModel
 from dyninf.models.processes import replicate
 from dyninf.prompt_run import check_chunk, padded_length
 from dyninf.prompts import PAD, stop_matrix
+from dyninf.step_loop import run_steps
 
 MAX_FAULTS = 256  # that wait to be written together
 Shape = tuple[int, int]  # padded tokens of the prompts, and of what is generated
@@ -166,25 +167,18 @@ def _prefill(model, tokens, lengths, plan, keys, stop, *, capacity, chunk):
 @functools.partial(jax.jit, static_argnames=("count",), donate_argnames=("state",))
 def _decode(model: CausalLM, state: dyninf.DecodeState, plan: dyninf.Plan, limits_B: jax.Array, *, count: int):
     """Generate until every sequence has stopped or reached its limit, at most ``count`` tokens."""
-    # The final state is returned although nobody needs it: without an output to alias, the cache could not be donated.
-    _, shapes = jax.eval_shape(lambda m, s, p: dyninf.decode_step(m, s, p), model, state, plan)
-    stats = jax.tree.map(lambda leaf: jnp.zeros((count - 1, *leaf.shape), leaf.dtype), shapes)
-    tokens_BN = jnp.full((limits_B.shape[0], count), PAD, jnp.int32).at[:, 0].set(state.token)
 
     def limited(state):
         return dataclasses.replace(state, done=state.done | (state.step >= limits_B))
 
-    def body(carry):
-        state, tokens_BN, stats = carry
-        before_B, index = state.done, state.step
-        state, new = dyninf.decode_step(model, state, plan)
-        tokens_BN = tokens_BN.at[:, index].set(jnp.where(before_B, PAD, state.token))
-        stats = jax.tree.map(lambda all_, one: all_.at[index - 1].set(one), stats, new)
-        return limited(state), tokens_BN, stats
+    def step(state):
+        state, stats = dyninf.decode_step(model, state, plan)
+        return limited(state), stats
 
-    carry = (limited(state), tokens_BN, stats)
-    state, tokens_BN, stats = jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), body, carry)
-    return tokens_BN, stats, state
+    first_B = state.token
+    made_NB, stats, state = run_steps(step, limited(state), lambda state: ~jnp.all(state.done), count - 1)
+    # The final state is returned although nobody needs it: without an output to alias, the cache could not be donated.
+    return jnp.concatenate([first_B[:, None], made_NB.T], axis=1), stats, state
 
 
 def _rows(loaded: Loaded, made: _Made, done: Container[int]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from dyninf.models import MeshModel, cache_shardings
 from dyninf.own_cache import OwnCache, tree_bytes
 from dyninf.prompt_run import padded_length
 from dyninf.revival import Dropped
+from dyninf.step_loop import Packed, pack, pack_first, step_of, steps_of, unpack
 from dyninf.timing import Timing, measure
 
 
@@ -44,10 +45,13 @@ def decode_steps(
 ) -> tuple[dyninf.DecodeState, dyninf.StepStats]:
     """Run N decode steps that are fed the given tokens; return the state and the statistics of every step."""
 
-    def body(state: dyninf.DecodeState, token_B: jax.Array) -> tuple[dyninf.DecodeState, dyninf.StepStats]:
-        return dyninf.decode_step(model, dataclasses.replace(state, token=token_B), plan, driver=driver)
+    def body(packed: Packed, token_B: jax.Array) -> tuple[Packed, jax.Array]:
+        state = dataclasses.replace(unpack(packed), token=token_B)
+        packed = pack(*dyninf.decode_step(model, state, plan, driver=driver))
+        return packed, step_of(packed)
 
-    return jax.lax.scan(body, state, tokens_NB)
+    packed, kept_N6B = jax.lax.scan(body, pack_first(state), tokens_NB)
+    return unpack(packed), steps_of(kept_N6B)[1]
 
 
 def time_excerpt(

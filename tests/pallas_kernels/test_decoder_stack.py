@@ -180,7 +180,7 @@ def test_kernel_agrees_with_numpy(rng, stack_case, interpret, name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("batch", [1, 3, 9, 33, 64])
+@pytest.mark.parametrize("batch", [1, 3, 9, 20, 33, 64])
 def test_the_kernel_agrees_with_numpy_on_a_gpu(rng, stack_case, name, batch):
     changes, order, planned, options = CASES[name]
     positions = [0, 135, 136, *rng.integers(0, 136, size=64).tolist()][:batch]
@@ -215,7 +215,7 @@ def test_the_kernel_agrees_with_numpy_on_a_gpu(rng, stack_case, name, batch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["a_rule", "planned_depths_filled"])
-@pytest.mark.parametrize("batch", [2, 9, 33, 64])
+@pytest.mark.parametrize("batch", [2, 9, 20, 33, 64])
 def test_few_blocks_with_many_units_each_agree_with_numpy_on_a_gpu(rng, stack_case, name, batch):
     """Five blocks read 4 to 15 units of a product each: more than those that are waited for one by one."""
     changes, order, _, options = CASES[name]
