@@ -178,6 +178,13 @@ def test_kernel_agrees_with_numpy(rng, stack_case, interpret, name):
     close(*run(stack_case(**changes), rng, order, planned, kernel=kernel, **options), 0.03)
 
 
+@needs_interpreter
+@pytest.mark.parametrize("batch", [9, 20, pytest.param(33, marks=pytest.mark.slow)])
+def test_kernel_fills_layers_of_more_rows(rng, stack_case, interpret, batch):
+    case = stack_case(layers=3, positions=tuple(rng.integers(0, 20, size=batch).tolist()))
+    close(*run(case, rng, (0, 1, 2), [1] * batch, kernel=functools.partial(interpret, races=False)), 0.03)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("batch", [1, 3, 9, 20, 33, 64])
