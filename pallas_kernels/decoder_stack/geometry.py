@@ -144,9 +144,8 @@ class Geometry:
 
     @property
     def made_together(self) -> int:
-        """Units of activations for layers that did not run whose states are asked for at once: what registers hold."""
-        fit = {8: 4, 16: 4, 32: 3, 64: 2} if self.select is None else {8: 4, 16: 2, 32: 1, 64: 1}
-        return fit[self.rows]
+        """Units of activations for layers that did not run whose states are asked for at once."""
+        return {8: 4, 16: 2, 32: 1, 64: 1}[self.rows]
 
     @property
     def page_parts(self) -> int:

@@ -11,7 +11,7 @@ from pallas_kernels.decoder_stack.geometry import ATTENTION, DOWN, GATE_UP, OUT,
 from pallas_kernels.decoder_stack.tiles import DTYPE, FEATURES, divide, fill_tile, fill_units, load, over_features
 from pallas_kernels.topk_pages.mosaic_gpu import choose_in_warpgroup
 
-REGISTERS, CHOOSING, MAKING = 104, 152, 160  # beside the worker's 240, of 504 for three threads
+REGISTERS, CHOOSING = 104, 152  # beside the worker's 240, of 504 for three threads
 
 
 def stream(g, r, static, grid):
@@ -184,8 +184,7 @@ def stream(g, r, static, grid):
 
 def feed(g, r, static, grid):
     """Read activations as soon as all blocks have written them."""
-    makes = static.fill and g.select is None
-    plgpu.set_max_registers(MAKING if makes else REGISTERS, action="decrease")
+    plgpu.set_max_registers(REGISTERS, action="decrease")
 
     def units(source, parts, first, stop, count):
         """Read ``source(k)`` for each of the units, of ``parts`` parts ``[rows, UNIT]`` that tiles take in turn."""
