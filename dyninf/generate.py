@@ -263,13 +263,10 @@ def _decode_step(model, state, plan, driver):
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "driver"), donate_argnames=("state",))
 def _decode_loop(model, state, plan, *, max_new_tokens, driver):
-    first_B = state.token
     step = functools.partial(decode_step, model, plan=plan, driver=driver)
     unfinished = lambda state: (state.step < max_new_tokens) & ~jnp.all(state.done)  # noqa: E731
-    made_NB, stats, state = run_steps(step, state, unfinished, max_new_tokens - 1)
-    tokens = jnp.concatenate([first_B[:, None], made_NB.T], axis=1)
+    tokens, stats, state = run_steps(step, state, unfinished, max_new_tokens - 1)
     lengths = jnp.sum(tokens != PAD, axis=1)
-    # The final state is returned although nobody needs it: without an output to alias, the cache could not be donated.
     return Generation(tokens=tokens, lengths=lengths, stopped=state.done, stats=stats), state
 
 

@@ -21,11 +21,11 @@ Packed = tuple[jax.Array, DecodeState]  # small numbers [8, B], and a state with
 
 def pack(state: DecodeState, stats: StepStats) -> Packed:
     """Return the numbers of a state and of the step that made it, and the rest of the state."""
-    numbers = (state.done, state.cache.length, state.token, stats.active, stats.needed)
     run_B = jnp.broadcast_to(stats.run, state.token.shape)
+    numbers = (state.done, state.cache.length, state.token, stats.active, stats.needed, run_B)
     entries = (count.astype(jnp.float32) for count in (stats.kv_live, stats.kv_read))
     bits = (lax.bitcast_convert_type(count_B, jnp.int32) for count_B in entries)
-    numbers_8B = jnp.stack([*(number.astype(jnp.int32) for number in (*numbers, run_B)), *bits])
+    numbers_8B = jnp.stack([*(number.astype(jnp.int32) for number in numbers), *bits])
     rest = dataclasses.replace(state, token=None, done=None, cache=dataclasses.replace(state.cache, length=None))
     return numbers_8B, rest
 
@@ -69,9 +69,9 @@ def run_steps(
         count: steps that there are at most; ``state.step`` counts them from 1.
 
     Returns:
-        The tokens that the steps made ``[N, B]``, -1 where none was made, the statistics of N = ``count`` steps, 0 of
-        those that did not run, and the last state. Who donates the first state must return this one, which takes its
-        memory.
+        The token of the first state and those that N = ``count`` steps made, ``[B, N + 1]``, -1 where none was made;
+        the statistics of the steps, 0 of those that did not run; and the last state. Who donates the first state must
+        return this one though nobody needs it: without an output to alias, a cache cannot be donated.
     """
 
     def body(carry: tuple[jax.Array, Packed]) -> tuple[jax.Array, Packed]:
@@ -80,9 +80,10 @@ def run_steps(
         packed = pack(*step(before))
         return lax.dynamic_update_index_in_dim(kept_N6B, step_of(packed), before.step - 1, axis=0), packed
 
-    kept_N6B = jnp.zeros((count, 6, *state.token.shape), jnp.int32).at[:, 0].set(PAD)
+    first_B, packed = state.token, pack_first(state)
+    kept_N6B = jnp.tile(step_of(packed), (count, 1, 1))
     if count:
         going = lambda carry: unfinished(unpack(carry[1]))  # noqa: E731
-        kept_N6B, packed = lax.while_loop(going, body, (kept_N6B, pack_first(state)))
-        state = unpack(packed)
-    return *steps_of(kept_N6B), state
+        kept_N6B, packed = lax.while_loop(going, body, (kept_N6B, packed))
+    made_NB, stats = steps_of(kept_N6B)
+    return jnp.concatenate([first_B[None], made_NB]).T, stats, unpack(packed)

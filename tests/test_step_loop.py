@@ -64,7 +64,7 @@ def test_steps_run_until_the_last_sequence_is_done():
     state = dataclasses.replace(state_of(3, 0), done=jnp.zeros(3, bool))
     step = counting(jnp.array([1, 4, 2]))
     made, stats, last = jax.jit(run_steps, static_argnums=(0, 2, 3))(step, state, lambda s: ~s.done.all(), 6)
-    assert made.tolist() == [[9, 10, 11], [-1, 20, 21], [-1, 30, -1], [-1, 40, -1], [-1] * 3, [-1] * 3]
+    assert made.T.tolist() == [[-1, 0, 1], [9, 10, 11], [-1, 20, 21], [-1, 30, -1], [-1, 40, -1], [-1] * 3, [-1] * 3]
     assert stats.run.tolist() == [1, 2, 3, 4, 0, 0] and stats.active.sum(axis=1).tolist() == [3, 2, 1, 1, 0, 0]
     assert stats.needed.tolist() == [[1, 1, 1], [1, 2, 2], [1, 3, 2], [1, 4, 2], [0] * 3, [0] * 3]
     np.testing.assert_array_equal(stats.kv_read, -stats.kv_live / 2)
@@ -75,7 +75,8 @@ def test_no_step_runs_of_a_state_that_is_done_or_where_there_are_none():
     state = dataclasses.replace(state_of(3, 2), done=jnp.ones(3, bool))
     for count in (0, 3):
         made, stats, last = run_steps(counting(9), state, lambda s: ~s.done.all(), count)
-        assert made.tolist() == [[-1] * 3] * count and stats.run.shape == (count,) and not stats.active.any()
+        assert made.T.tolist() == [[-1, 0, 1], *[[-1] * 3] * count]
+        assert stats.run.shape == (count,) and not stats.active.any()
         equal(last, state)
 
 

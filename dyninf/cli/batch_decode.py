@@ -175,10 +175,7 @@ def _decode(model: CausalLM, state: dyninf.DecodeState, plan: dyninf.Plan, limit
         state, stats = dyninf.decode_step(model, state, plan)
         return limited(state), stats
 
-    first_B = state.token
-    made_NB, stats, state = run_steps(step, limited(state), lambda state: ~jnp.all(state.done), count - 1)
-    # The final state is returned although nobody needs it: without an output to alias, the cache could not be donated.
-    return jnp.concatenate([first_B[:, None], made_NB.T], axis=1), stats, state
+    return run_steps(step, limited(state), lambda state: ~jnp.all(state.done), count - 1)
 
 
 def _rows(loaded: Loaded, made: _Made, done: Container[int]) -> list[dict[str, Any]]:
