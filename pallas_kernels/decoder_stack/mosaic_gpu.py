@@ -184,7 +184,7 @@ def build(g: Geometry, *, entries: int, **static: Any):
         "heads": shape((2, g.batch, g.kv_heads, g.head_rows, g.head_dim), dtype),  # queries and new key; new value
         "attended": shape((g.rows, g.kv_heads * g.group, g.head_dim), dtype),
         "hidden": shape((g.rows, g.d_ff), dtype),
-        "partial": shape((g.blocks, 4, 64, g.rows), f32),
+        "partial": shape((g.blocks, 2 * g.mlp_features // 64, 64, g.rows), f32),
         # of both halves of the features, by splits: mixed values, and the logarithm of their mass for the same readers
         "split": shape((g.batch * g.kv_heads, 2, 2 * g.split_places, 64, g.head_rows), f32),
         "sums": shape((3, g.padded_tiles, g.rows), f32),
