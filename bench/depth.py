@@ -2,8 +2,8 @@
 
 Every program decodes the same random tokens from the same kind of random state, in one of three studies:
 
-- ``depth``: dense; a depth that is data, decided at every layer, for all, a half and a quarter of the layers; and the
-  naive programs over stacked weights.
+- ``depth``: dense; a depth that is data, decided at every layer, for all, a half and a quarter of the layers; the loop
+  of ``generate``, which ends when all texts have; and the naive programs over stacked weights.
 - ``decisions``: each rule, asked at a few layers and never leaving, beside a rule that only compares two integers.
 - ``batch``: sequences that leave at the recorded depths of real tokens (``--depths``, made by ``bench/record.py``),
   under every way to run such a batch.
@@ -33,6 +33,7 @@ from dyninf.cache import LayerCache
 from dyninf.cli.bench import describe_run, write_row
 from dyninf.cli.decoding import bytes_per_step, decode_steps, random_state
 from dyninf.configs.models import shapes
+from dyninf.generate import decode_loop
 from dyninf.timing import measure
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -49,7 +50,7 @@ def main() -> int:
     parser.add_argument("--batch", default="1", help="batch sizes, separated by commas")
     parser.add_argument("--context", type=int, default=256, help="cache slots")
     parser.add_argument("--filled", type=int, help="slots filled before the first step (default: half of them)")
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=128, help="steps of a program (default: 128)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", help="names to run, separated by commas (default: all)")
     parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too")
@@ -92,11 +93,13 @@ def depth_programs(model: models.Transformer, stacked: bool, batch: int, argumen
         found = [("dense_list", Plan(), decode_steps)]
         found += [(f"segments_{share}", plan, decode_steps) for share, plan in recorded.items()]
         grouped = depth.every(recorded["all"].depth, step=max(1, num_layers // 8))
-        return [*found, ("segments_grouped_all", Plan(depth=grouped), decode_steps)]
+        found += [("segments_grouped_all", Plan(depth=grouped), decode_steps)]
+        return [*found, ("generate_list", Plan(), generate_steps)]
     found = [("dense_indexed", Plan(), decode_steps)]
     found += [(f"indexed_{share}", plan, decode_steps) for share, plan in recorded.items()]
     # A rule that the layers follow themselves; no cosine exceeds 1, so that every layer is asked and kept.
     found += [("indexed_cosine_all", Plan(depth=depth.Saturation(threshold=1.0)), decode_steps)]
+    found += [(f"generate_indexed_{share}", recorded[share], generate_steps) for share in ("all", "half")]
     found += [("naive_scan_all", Plan(), jax.jit(naive_scan, donate_argnums=1))]
     for share, count in kept.items():
         for kind, function in (("while", naive_while), ("cond", naive_cond)):
@@ -182,6 +185,7 @@ def time_program(
         "context": arguments.context,
         "filled": arguments.filled,
         "dtype": arguments.dtype,
+        "steps": arguments.steps,
         "median_ms": 1000 * timing.median,
         "p10_ms": 1000 * timing.p10,
         "p90_ms": 1000 * timing.p90,
@@ -191,6 +195,12 @@ def time_program(
         "bytes_per_step": num_bytes,
         "achieved_gb_s": num_bytes / timing.median / 1e9,
     }
+
+
+def generate_steps(model, state, plan, tokens_NB):
+    """Make as many tokens in the loop of ``generate``, which are its own."""
+    generation, state = decode_loop(model, state, plan, max_new_tokens=len(tokens_NB) + 1)
+    return state, generation.stats
 
 
 def naive_while(model, state, plan, tokens_NB, count):

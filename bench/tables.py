@@ -38,6 +38,8 @@ PROGRAMS = {
     "dense_indexed": "dense, stacked layers, driver `indexed`",
     "indexed": "depth decided by data, `indexed`",
     "indexed_cosine": "the same, states compared before every layer",
+    "generate_list": "`generate`, a list of layers",
+    "generate_indexed": "`generate`, stacked layers, depth decided by data",
     "segments": "depth decided by data, `segments`: a conditional for each layer",
     "naive_while": "`lax.while_loop` over stacked weights",
     "naive_scan": "`lax.scan` over stacked weights",
@@ -67,9 +69,10 @@ def depth_table(name: str) -> str:
         )
     about = rows[0]
     head = ["program", "batch", "layers run", "ms/step", "tokens/s", "against dense (XLA)", "TB/s"]
+    steps = " or ".join(map(str, sorted({row.get("steps", 32) for row in rows})))  # which older rows do not say
     note = (
-        f"\nLlama-3-8B shape, random weights, {about['filled']} of {about['context']} slots filled, {about['device']}, "
-        f"{about['dtype']}, jax {about['jax']}, {commits(rows)}.\n"
+        f"\nLlama-3-8B shape, random weights, {about['filled']} of {about['context']} slots filled, {steps} steps in a "
+        f"program, {about['device']}, {about['dtype']}, jax {about['jax']}, {commits(rows)}.\n"
     )
     return table(head, lines) + note
 

@@ -193,7 +193,7 @@ def generate(
     """
     plan = Plan() if plan is None else plan
     state = _begin(model, tokens, plan, max_new_tokens, key, lengths, stop, driver, prefill_chunk)
-    generation, _ = _decode_loop(model, state, plan, max_new_tokens=max_new_tokens, driver=driver)
+    generation, _ = decode_loop(model, state, plan, max_new_tokens=max_new_tokens, driver=driver)
     return generation
 
 
@@ -262,7 +262,15 @@ def _decode_step(model, state, plan, driver):
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "driver"), donate_argnames=("state",))
-def _decode_loop(model, state, plan, *, max_new_tokens, driver):
+def decode_loop(
+    model: CausalLM, state: DecodeState, plan: Plan, *, max_new_tokens: int, driver: Driver | None = None
+) -> tuple[Generation, DecodeState]:
+    """Run decode steps on the device until every sequence has stopped, as :func:`generate` does behind its prompts.
+
+    Args:
+        state: what :func:`prefill` returns; donated.
+        max_new_tokens: tokens at most, that of the state among them.
+    """
     step = functools.partial(decode_step, model, plan=plan, driver=driver)
     unfinished = lambda state: (state.step < max_new_tokens) & ~jnp.all(state.done)  # noqa: E731
     tokens, stats, state = run_steps(step, state, unfinished, max_new_tokens - 1)

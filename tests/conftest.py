@@ -20,6 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("NPROC", "16")  # threads of the CPU client: a device that waits, in LAPACK too, keeps one
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several test processes compile for TPUs at once
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # and share a GPU
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Compiling takes most of the time of these tests, so that nothing is optimised. A program's code is emitted in one
     # part, and that of fusions as LLVM's in place of MLIR's: without these two, compiling takes twice as long.
