@@ -30,7 +30,7 @@ from dyninf.plan import Plan, catches_up, check, propagates
 from dyninf.prompt_run import check_chunk, padded_length, run_prompt
 from dyninf.prompts import PAD, check_key, check_prompts, stop_matrix
 from dyninf.stats import StepStats
-from dyninf.step_loop import LoopProgram, run_steps
+from dyninf.step_loop import run_steps
 
 
 def prefill(
@@ -261,7 +261,7 @@ def _decode_step(model, state, plan, driver):
     return decode_step(model, state, plan, driver=driver)
 
 
-@functools.partial(LoopProgram, static_argnames=("max_new_tokens", "driver"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "driver"), donate_argnames=("state",))
 def decode_loop(
     model: CausalLM, state: DecodeState, plan: Plan, *, max_new_tokens: int, driver: Driver | None = None
 ) -> tuple[Generation, DecodeState]:
