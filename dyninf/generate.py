@@ -5,6 +5,7 @@ One :class:`DecodeState` drives everything: :func:`prefill` makes it, :func:`dec
 host. Sequences of a batch may have prompts of different lengths; right-padded, each is computed as if it were alone.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,8 @@ from dyninf.prompt_run import check_chunk, padded_length, run_prompt
 from dyninf.prompts import PAD, check_key, check_prompts, stop_matrix
 from dyninf.stats import StepStats
 from dyninf.step_loop import run_steps
+
+QUEUED = 2  # steps of a stream that a device has: one that runs, and one to go on with while the host reads its token
 
 
 def prefill(
@@ -212,7 +215,7 @@ def stream(
     """Yield tokens as they are made: ``(tokens [B], stats)``, -1 for sequences that have ended.
 
     Arguments and tokens are those of :func:`generate`; the statistics of the first token, which comes from the
-    prompt, are ``None``.
+    prompt, are ``None``. The next step is on its way while a token is read, and is lost if that ends the text.
     """
     plan = Plan() if plan is None else plan
     state = _begin(model, tokens, plan, max_new_tokens, key, lengths, stop, driver, prefill_chunk)
@@ -258,7 +261,10 @@ def _prefill(model, tokens, lengths, plan, spec, key, stop, chunk):
 
 @functools.partial(jax.jit, static_argnames=("driver",), donate_argnames=("state",))
 def _decode_step(model, state, plan, driver):
-    return decode_step(model, state, plan, driver=driver)
+    """Return the next state, and beside it what was made ``[B]``, whether that was all, and the statistics."""
+    before_B = state.done
+    state, stats = decode_step(model, state, plan, driver=driver)
+    return state, jnp.where(before_B, PAD, state.token), jnp.all(state.done), stats
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "driver"), donate_argnames=("state",))
@@ -267,9 +273,7 @@ def decode_loop(
 ) -> tuple[Generation, DecodeState]:
     """Run decode steps on the device until every sequence has stopped, as :func:`generate` does behind its prompts.
 
-    Args:
-        state: what :func:`prefill` returns; donated.
-        max_new_tokens: tokens at most, that of the state among them.
+    The state, which :func:`prefill` returns, is donated; its token is one of the ``max_new_tokens``.
     """
     step = functools.partial(decode_step, model, plan=plan, driver=driver)
     unfinished = lambda state: (state.step < max_new_tokens) & ~jnp.all(state.done)  # noqa: E731
@@ -280,12 +284,14 @@ def decode_loop(
 
 def _stream(model, state, plan, max_new_tokens, driver):
     yield _whole(state.token), None
-    for _ in range(max_new_tokens - 1):
-        before = _whole(state.done)
-        if before.all():
-            return
-        state, stats = _decode_step(model, state, plan, driver)
-        yield np.where(before, PAD, _whole(state.token)), stats
+    over, left, queued = state.done, max_new_tokens - 1, collections.deque()
+    while not _whole(over).all() and (left or queued):
+        while left and len(queued) < QUEUED:
+            state, *step = _decode_step(model, state, plan, driver)
+            queued.append(step)
+            left -= 1
+        token_B, over, stats = queued.popleft()
+        yield _whole(token_B), stats
 
 
 def _whole(x: jax.Array) -> np.ndarray:

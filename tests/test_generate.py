@@ -1,4 +1,4 @@
-"""Generation: the cache against one uncached pass, stops, keys, streams, donation, full caches and refused input."""
+"""Generation: the cache against one uncached pass, stops, keys, donation, full caches and refused input."""
 
 import dataclasses
 
@@ -87,17 +87,6 @@ def test_a_text_ends_with_its_first_stop(shallow_model, dense, case):
     pieces = list(stream(shallow_model, PROMPTS, max_new_tokens=NEW, lengths=LENGTHS, stop=stop))
     longest = max(len(tokens) for tokens, _ in want)
     np.testing.assert_array_equal(np.stack([tokens for tokens, _ in pieces], 1), got.tokens[:, :longest])
-
-
-def test_a_stream_is_generate_token_by_token(shallow_model):
-    plan = Plan(depth=Confidence(threshold=0.9), sampler=DRAW.sampler)
-    arguments = {"max_new_tokens": NEW, "key": jax.random.key(4), "lengths": LENGTHS}
-    got = generate(shallow_model, PROMPTS, plan, **arguments)
-    pieces = list(stream(shallow_model, PROMPTS, plan, **arguments))
-    np.testing.assert_array_equal(np.stack([tokens for tokens, _ in pieces], 1), got.tokens)
-    assert pieces[0][1] is None
-    for step, (_, stats) in enumerate(pieces[1:]):
-        jax.tree.map(lambda one, every, i=step: np.testing.assert_array_equal(one, every[i]), stats, got.stats)
 
 
 def test_sampling_is_decided_by_the_key(shallow_model):
