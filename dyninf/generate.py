@@ -262,9 +262,8 @@ def _prefill(model, tokens, lengths, plan, spec, key, stop, chunk):
 @functools.partial(jax.jit, static_argnames=("driver",), donate_argnames=("state",))
 def _decode_step(model, state, plan, driver):
     """Return the next state, and beside it what was made ``[B]``, whether that was all, and the statistics."""
-    before_B = state.done
     state, stats = decode_step(model, state, plan, driver=driver)
-    return state, jnp.where(before_B, PAD, state.token), jnp.all(state.done), stats
+    return state, jnp.where(stats.active, state.token, PAD), jnp.all(state.done), stats
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "driver"), donate_argnames=("state",))

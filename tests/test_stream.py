@@ -36,16 +36,17 @@ def test_a_stream_is_generate_token_by_token(shallow_model):
 
 def test_one_step_runs_while_a_token_is_read(shallow_model, steps):
     for number, _ in enumerate(stream(shallow_model, PROMPTS, PLAN, **ARGUMENTS)):
-        assert len(steps) == min(number + 1, NEW - 1) if number else not steps
+        assert len(steps) == (min(number + 1, NEW - 1) if number else 0)
     assert len(steps) == NEW - 1
 
 
 def test_a_text_that_ends_loses_one_step_at_most(shallow_model, steps):
-    whole = generate(shallow_model, PROMPTS[0], PLAN, **ARGUMENTS | {"lengths": None}).tokens[0].tolist()
+    alone = ARGUMENTS | {"lengths": None}
+    whole = generate(shallow_model, PROMPTS[0], PLAN, **alone).tokens[0].tolist()
     last = next(place for place in range(2, NEW) if whole[place] not in whole[:place])
-    pieces = stream(shallow_model, PROMPTS[0], PLAN, **ARGUMENTS | {"lengths": None}, stop=[whole[last]])
+    pieces = stream(shallow_model, PROMPTS[0], PLAN, **alone, stop=[whole[last]])
     assert [int(token_B[0]) for token_B, _ in pieces] == whole[: last + 1]
     assert len(steps) <= last + 1
     steps.clear()
-    assert len(list(stream(shallow_model, PROMPTS[0], PLAN, **ARGUMENTS | {"lengths": None}, stop=[whole[0]]))) == 1
+    assert len(list(stream(shallow_model, PROMPTS[0], PLAN, **alone, stop=[whole[0]]))) == 1
     assert not steps
