@@ -31,7 +31,7 @@ from dyninf.plan import Plan, catches_up, check, propagates
 from dyninf.prompt_run import check_chunk, padded_length, run_prompt
 from dyninf.prompts import PAD, check_key, check_prompts, stop_matrix
 from dyninf.stats import StepStats
-from dyninf.step_loop import run_steps
+from dyninf.step_loop import LoopProgram, run_steps
 
 QUEUED = 2  # steps of a stream that a device has: one that runs, and one to go on with while the host reads its token
 
@@ -266,7 +266,7 @@ def _decode_step(model, state, plan, driver):
     return state, jnp.where(stats.active, state.token, PAD), jnp.all(state.done), stats
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "driver"), donate_argnames=("state",))
+@functools.partial(LoopProgram, static_argnames=("max_new_tokens", "driver"), donate_argnames=("state",))
 def decode_loop(
     model: CausalLM, state: DecodeState, plan: Plan, *, max_new_tokens: int, driver: Driver | None = None
 ) -> tuple[Generation, DecodeState]:

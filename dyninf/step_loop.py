@@ -6,7 +6,9 @@ step, are rows of one array, ``int32 [8, B]``.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,11 @@ from dyninf.decode_state import DecodeState
 from dyninf.prompts import PAD
 from dyninf.stats import StepStats
 
+# What XLA's command buffers (CUDA graphs) hold: what they hold by default, and loops and branches.
+CAPTURED = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL",
+    "xla_gpu_graph_min_graph_size": "1",
+}
 Packed = tuple[jax.Array, DecodeState]  # small numbers [8, B], and a state without them
 
 
@@ -87,3 +94,27 @@ def run_steps(
         kept_N6B, packed = lax.while_loop(going, body, (kept_N6B, packed))
     made_NB, stats = steps_of(kept_N6B)
     return jnp.concatenate([first_B[None], made_NB]).T, stats, unpack(packed)
+
+
+class LoopProgram:
+    """``jax.jit`` of a function of a model, a state and more that ends with :func:`run_steps`.
+
+    On one GPU the loop and the branches of its steps are one command buffer, so that the GPU sees by itself when they
+    end. Else the host is asked after each step, and nothing is queued until it has answered. Inside of another program,
+    which cannot be given options here, the loop is what that program makes of it.
+    """
+
+    def __init__(self, function: Callable, **options: Any):
+        self.plain = jax.jit(function, **options)
+        self.captured = jax.jit(function, compiler_options=CAPTURED, **options)
+        functools.update_wrapper(self, function)
+
+    def __call__(self, model: Any, state: DecodeState, *arguments: Any, **named: Any) -> Any:
+        traced = isinstance(state.token, jax.core.Tracer)
+        chosen = self.plain if traced or not is_on_one_gpu(state.token) else self.captured
+        return chosen(model, state, *arguments, **named)
+
+
+def is_on_one_gpu(x: jax.Array) -> bool:
+    """Return whether an array lies on one device, which is a GPU."""
+    return [device.platform for device in x.devices()] == ["gpu"]

@@ -1,12 +1,17 @@
 """Loops of steps: what they hand on and keep comes back as it was, and is one array each."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import dyninf
+from dyninf import models, step_loop
+from dyninf.configs.plans import plans
+from dyninf.indexed import refuse_indexed
 from dyninf.step_loop import pack, pack_first, run_steps, step_of, steps_of, unpack
 
 
@@ -86,3 +91,36 @@ def test_a_loop_keeps_one_array_of_its_steps():
     (while_,) = [eqn for eqn in jax.make_jaxpr(loop)(state_of(2, 0)).eqns if eqn.primitive.name == "while"]
     carried = [var.aval for var in while_.outvars if var.aval.size and jnp.issubdtype(var.aval.dtype, jnp.integer)]
     assert sorted(aval.shape for aval in carried) == [(), (8, 2), (77, 6, 2)]
+
+
+def test_a_captured_loop_is_the_same_program(shallow_model, monkeypatch):
+    """None of its options may be given inside of another program."""
+    prompts = np.arange(8).reshape(2, 4)
+    want = dyninf.generate(shallow_model, prompts, max_new_tokens=6)
+    monkeypatch.setattr(step_loop, "is_on_one_gpu", lambda token: True)
+    equal(dyninf.generate(shallow_model, prompts, max_new_tokens=6), want)
+    equal(jax.jit(lambda model: dyninf.generate(model, prompts, max_new_tokens=6))(shallow_model), want)
+
+
+def test_loops_are_captured_on_gpus_only(monkeypatch):
+    monkeypatch.setitem(step_loop.CAPTURED, "xla_gpu_no_such_option", "1")
+    program = step_loop.LoopProgram(lambda model, state: state.token)
+    program(None, state_of(1, 0))
+    monkeypatch.setattr(step_loop, "is_on_one_gpu", lambda token: True)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        program(None, state_of(1, 0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", ["listed", "stacked"])
+@pytest.mark.parametrize("name", list(plans(4)))
+def test_a_gpu_that_ends_loops_itself_makes_the_same_tokens(wide_model, monkeypatch, name, layers):
+    plan, model = plans(4)[name], wide_model if layers == "listed" else models.stack_for_decoding(wide_model)
+    if layers == "stacked" and refuse_indexed(plan, model.layers) is not None:
+        pytest.skip("needs layers of which each is its own")
+    prompts = np.random.default_rng(5).integers(0, 64, (3, 16))
+    run = functools.partial(dyninf.generate, model, prompts, plan, max_new_tokens=24, stop=[7, 11, 13])
+    got = run()
+    monkeypatch.setattr(step_loop, "is_on_one_gpu", lambda token: False)
+    equal(got, run())
+    assert got.lengths.max() > 1

@@ -27,7 +27,7 @@ from dyninf.models import MeshModel
 from dyninf.models.processes import replicate
 from dyninf.prompt_run import check_chunk, padded_length
 from dyninf.prompts import PAD, stop_matrix
-from dyninf.step_loop import run_steps
+from dyninf.step_loop import LoopProgram, run_steps
 
 MAX_FAULTS = 256  # that wait to be written together
 Shape = tuple[int, int]  # padded tokens of the prompts, and of what is generated
@@ -164,7 +164,7 @@ def _prefill(model, tokens, lengths, plan, keys, stop, *, capacity, chunk):
     return dyninf.prefill(model, tokens, lengths, plan, dyninf.CacheSpec(capacity=capacity), keys, stop, chunk=chunk)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("count",), donate_argnames=("state",))
+@functools.partial(LoopProgram, static_argnames=("count",), donate_argnames=("state",))
 def _decode(model: CausalLM, state: dyninf.DecodeState, plan: dyninf.Plan, limits_B: jax.Array, *, count: int):
     """Generate until every sequence has stopped or reached its limit, at most ``count`` tokens."""
 

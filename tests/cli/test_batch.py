@@ -129,10 +129,10 @@ def test_drawn_tokens_depend_on_id_and_seed_alone(folder, loaded, tmp_path, caps
 
 def test_few_programs_serve_all_lengths(folder, tmp_path):
     lines = [{"tokens": [5] * length, "max_new_tokens": count} for length in (1, 9, 16) for count in (1, 7, 16)]
-    before = batch_decode._decode._cache_size()
+    before = batch_decode._decode.plain._cache_size()
     source, target = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     assert main(command(folder, source, target, "--batch", "3")) == 0
-    assert batch_decode._decode._cache_size() <= before + 1
+    assert batch_decode._decode.plain._cache_size() <= before + 1
     assert all(len(row["tokens"]) <= lines[row["line"] - 1]["max_new_tokens"] for row in rows_of(target))
 
 
