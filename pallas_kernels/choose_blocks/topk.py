@@ -22,14 +22,16 @@ def refuse(*, platform: str, capability: str | None, num_blocks: int, budget: in
 def choose_blocks(scores_BNRC, mass, offset, *, block_size, budget, sinks, recent, implementation=None):
     """See :func:`pallas_kernels.choose_blocks.choose_blocks`; ``implementation`` is that of the pages."""
     batch, heads, rows, blocks = scores_BNRC.shape
+    entries = min(budget, blocks)
+    first, last = min(sinks, entries), min(recent, entries - min(sinks, entries))  # of a prompt of fewer blocks, all
     last_R = jnp.minimum((offset + (jnp.arange(rows) + 1) * block_size - 1) // block_size, blocks - 1)
     pages = topk_pages(
         scores_BNRC.reshape(-1, 1, blocks),
         jnp.tile(last_R + 1, batch * heads),
-        k=min(budget, blocks),
+        k=entries,
         page_size=block_size,
-        sinks=sinks,
-        recent=recent,
+        sinks=first,
+        recent=last,
         implementation=implementation,
     )
     counts_BNR = pages.counts.reshape(batch, heads, rows)

@@ -135,18 +135,20 @@ def test_chosen_by_hand():
 
 @pytest.mark.parametrize("way", ["xla", "topk_pages"])
 @pytest.mark.parametrize("mass", [None, 0.7], ids=["budget", "mass"])
-def test_choice_equals_numpy(rng, mass, way):
-    scores = np.round(rng.exponential(size=(2, 3, 5, 9)), 1).astype(np.float32)  # some of them are equal
+@pytest.mark.parametrize(("rows", "blocks"), [(5, 9), (2, 2), (1, 1)])
+def test_choice_equals_numpy(rng, mass, way, rows, blocks):
+    scores = np.round(rng.exponential(size=(2, 3, rows, blocks)), 1).astype(np.float32)  # some of them are equal
+    before = min(2, blocks - rows)
     options = {"block_size": 8, "budget": 4, "sinks": 1, "recent": 2}
     if way == "xla":
-        index, wanted = choose(jnp.asarray(scores), mass=mass, offset=16, **options)
+        index, wanted = choose(jnp.asarray(scores), mass=mass, offset=8 * before, **options)
     else:  # with the reference of the pages, where no kernel serves
         share = None if mass is None else jnp.float32(mass)
         run = functools.partial(topk.choose_blocks, implementation="xla", **options)
-        index, wanted = jax.tree.map(np.asarray, jax.jit(run)(jnp.asarray(scores), share, jnp.int32(16)))
-    for place in np.ndindex(2, 3, 5):
-        last = 2 + place[2]
-        exist = list(range(min(last + 1, 9)))
+        index, wanted = jax.tree.map(np.asarray, jax.jit(run)(jnp.asarray(scores), share, jnp.int32(8 * before)))
+    for place in np.ndindex(2, 3, rows):
+        last = before + place[2]
+        exist = list(range(last + 1))
         forced = [c for c in exist if c < 1 or c > last - 2]
         ranked = forced + sorted((c for c in exist if c not in forced), key=lambda c: -scores[place][c])
         held = np.cumsum([0, *scores[place][ranked]])
