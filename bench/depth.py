@@ -16,7 +16,7 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 SHARES = {"all": 1, "half": 2, "quarter": 4}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Time the programs and print one JSON object a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="tiny", choices=shapes())
@@ -54,39 +54,44 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", help="names to run, separated by commas (default: all)")
     parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     arguments.filled = arguments.filled or arguments.context // 2
     if arguments.filled + arguments.steps > arguments.context:
         parser.error(f"expected --filled + --steps up to --context={arguments.context}")
     if (arguments.study == "batch") != (arguments.depths is not None):
         parser.error("expected --depths FILE with --study batch, and only there; make it with bench/record.py")
-    only = None if arguments.only is None else arguments.only.split(",")
-    dense, seen = {}, set()
-    for stacked in (False, True):
-        model = models.Transformer(shapes()[arguments.shape], jax.random.key(0), DTYPES[arguments.dtype])
+    config, batches = shapes()[arguments.shape], [int(batch) for batch in arguments.batch.split(",")]
+    study = functools.partial(STUDIES[arguments.study], config.num_layers, arguments.depths)
+    try:
+        programs = {stacked: [(n, *one) for n in batches for one in study(stacked, n)] for stacked in (False, True)}
+    except (OSError, ValueError) as fault:
+        parser.error(str(fault))
+    known = {name for found in programs.values() for _, name, *_ in found}
+    only = known if arguments.only is None else set(arguments.only.split(","))
+    if only - known:
+        parser.error(f"expected --only with some of {', '.join(sorted(known))}; got {', '.join(sorted(only - known))}")
+    dense = {}
+    for stacked, found in programs.items():
+        wanted = [program for program in found if program[1] in only]
+        if not wanted:
+            continue
+        model = models.Transformer(config, jax.random.key(0), DTYPES[arguments.dtype])
         model = models.stack_for_decoding(model) if stacked else model
-        for batch in map(int, arguments.batch.split(",")):
-            for name, plan, decode in STUDIES[arguments.study](model, stacked, batch, arguments):
-                seen.add(name)
-                if only is not None and name not in only:
-                    continue
-                row = time_program(model, plan, decode, batch, arguments)
-                if name == "dense_list":
-                    dense[batch] = row["median_ms"]
-                speedup = dense[batch] / row["median_ms"] if batch in dense else None
-                row = {"bench": arguments.study, "program": name, "speedup": speedup, **row, **describe_run(model)}
-                write_row(row, arguments.jsonl)
-    if missing := set(only or []) - seen:
-        parser.error(f"expected --only with some of {', '.join(sorted(seen))}, got {', '.join(sorted(missing))}, too")
+        for batch, name, plan, decode in wanted:
+            row = time_program(model, plan, decode, batch, arguments)
+            if name == "dense_list":
+                dense[batch] = row["median_ms"]
+            speedup = dense[batch] / row["median_ms"] if batch in dense else None
+            row = {"bench": arguments.study, "program": name, "speedup": speedup, **row, **describe_run(model)}
+            write_row(row, arguments.jsonl)
     return 0
 
 
 Program = tuple[str, Plan, Callable]  # name, plan, function that decodes the given tokens
 
 
-def depth_programs(model: models.Transformer, stacked: bool, batch: int, arguments: Any) -> list[Program]:
+def depth_programs(num_layers: int, depths: None, stacked: bool, batch: int) -> list[Program]:
     """Return dense, data-dependent and naive programs over a list of layers, or over stacked ones."""
-    num_layers = len(model.layers)
     kept = {share: max(1, num_layers // parts) for share, parts in SHARES.items()}
     recorded = {share: Plan(depth=depth.Recorded(depths=jnp.array([count]))) for share, count in kept.items()}
     if not stacked:
@@ -108,9 +113,8 @@ def depth_programs(model: models.Transformer, stacked: bool, batch: int, argumen
     return found
 
 
-def decision_programs(model: models.Transformer, stacked: bool, batch: int, arguments: Any) -> list[Program]:
+def decision_programs(num_layers: int, depths: None, stacked: bool, batch: int) -> list[Program]:
     """Return every rule, asked at seven layers and never leaving, beside none; ``none`` compares integers only."""
-    num_layers = len(model.layers)
     rules = {
         "none": depth.Recorded(depths=jnp.array([num_layers])),
         "saturation": depth.Saturation(threshold=1.0),
@@ -131,12 +135,12 @@ def decision_programs(model: models.Transformer, stacked: bool, batch: int, argu
     ]
 
 
-def batch_programs(model: models.Transformer, stacked: bool, batch: int, arguments: Any) -> list[Program]:
+def batch_programs(num_layers: int, depths: Path, stacked: bool, batch: int) -> list[Program]:
     """Return every way to run sequences that leave at depths of their own.
 
     Recorded depths are shares of their model's layers; the plans ask at every eighth of the depth.
     """
-    rule = recorded_depths(arguments.depths, len(model.layers), batch)
+    rule = recorded_depths(depths, num_layers, batch)
     plan = Plan(depth=rule)
     if stacked:
         return [("dense_indexed", Plan(), decode_steps), ("indexed", plan, decode_steps)]
