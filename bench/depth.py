@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,7 @@ from flax import nnx
 from jax import lax
 
 import dyninf
+from bench.names import wanted_names
 from dyninf import Plan, depth, models
 from dyninf.attention import attend_cached
 from dyninf.cache import LayerCache
@@ -66,10 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         programs = {stacked: [(n, *one) for n in batches for one in study(stacked, n)] for stacked in (False, True)}
     except (OSError, ValueError) as fault:
         parser.error(str(fault))
-    known = {name for found in programs.values() for _, name, *_ in found}
-    only = known if arguments.only is None else set(arguments.only.split(","))
-    if only - known:
-        parser.error(f"expected --only with some of {', '.join(sorted(known))}; got {', '.join(sorted(only - known))}")
+    only = wanted_names(parser, arguments.only, (name for found in programs.values() for _, name, *_ in found))
     dense = {}
     for stacked, found in programs.items():
         wanted = [program for program in found if program[1] in only]

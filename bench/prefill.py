@@ -20,7 +20,7 @@ and partial blocks apart) are timed with ``--torch``, in a process of their own:
 import argparse
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
+from bench.names import wanted_names
 from bench.prompt_inputs import BLOCK, planted_inputs, random_index, random_inputs
 from dyninf import sparsity
 from dyninf.cli.bench import describe_device, write_row
@@ -71,7 +72,7 @@ class Program:
     dense: jax.Array | None = None
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Time the programs and print one JSON object a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", choices=STUDIES, required=True)
@@ -83,14 +84,14 @@ def main() -> int:
     parser.add_argument("--only", help="programs to run, separated by commas (default: all)")
     parser.add_argument("--torch", action="store_true", help="time the peers of PyTorch, and nothing else")
     parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     cases = [tuple(map(int, text.split("x"))) for text in arguments.case or [DEFAULT_CASES[arguments.study]]]
     settings = {name: getattr(arguments, name) for name in ("heads", "kv_heads", "head_dim", "dtype")}
     if arguments.torch:
         return _time_torch(arguments, cases, settings)
     programs = [program for case in cases for program in STUDIES[arguments.study](case, arguments)]
-    if arguments.only is not None:
-        programs = [program for program in programs if program.name in arguments.only.split(",")]
+    only = wanted_names(parser, arguments.only, (program.name for program in programs))
+    programs = [program for program in programs if program.name in only]
     with ThreadPoolExecutor(8) as pool:
         compiled = list(pool.map(_compile, programs))
     for program, run in zip(programs, compiled, strict=True):

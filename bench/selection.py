@@ -15,22 +15,25 @@ where the numbers shall come from: ``python bench/selection.py --study step --ca
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as kernels
+from bench.names import wanted_names
 from dyninf.cli.bench import describe_device, write_row
 from dyninf.timing import measure
 
 REPEATS = 10
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Time the programs and print one JSON object a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", choices=STUDIES, required=True)
@@ -46,12 +49,13 @@ def main() -> int:
     parser.add_argument("--torch", action="store_true", help="time the peers of PyTorch, and nothing else")
     parser.add_argument("--only", help="programs to run, separated by commas (default: all)")
     parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too")
-    arguments = parser.parse_args()
-    only = None if arguments.only is None else arguments.only.split(",")
+    arguments = parser.parse_args(argv)
     for text in arguments.case or [DEFAULT_CASES[arguments.study]]:
         case = tuple(map(int, text.split("x")))
         programs = STUDIES[arguments.study](case, arguments)
-        wanted = [p for p in programs if p[0].startswith("torch") == arguments.torch and (only is None or p[0] in only)]
+        programs = [program for program in programs if program[0].startswith("torch") == arguments.torch]
+        only = wanted_names(parser, arguments.only, (name for name, *_ in programs))
+        wanted = [program for program in programs if program[0] in only]
         time_programs(wanted, f"selection_{arguments.study}", case, _settings(arguments), arguments.jsonl)
     return 0
 

@@ -53,7 +53,6 @@ def test_recorded_depths_are_stretched(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "dense_list,dense_lost"], "got dense_lost"),
         (["--steps", "20"], "--context=32"),
         (["--study", "batch"], "--depths FILE"),
         (["--depths", "rows"], "--depths FILE"),
