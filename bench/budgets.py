@@ -30,6 +30,7 @@ import jax
 import dyninf
 from bench import budget_studies
 from bench.budget_plans import DENSE, plan_with_budget, policy_names, settings
+from bench.names import names_among
 from bench.resume import parse_shard, parse_shares, read_keys, row_key
 from dyninf.cli.bench import describe_run, write_row
 from dyninf.cli.common import DTYPES, Loaded, check_output, check_positive, load
@@ -141,9 +142,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too; go on where it ends")
     arguments = parser.parse_args(argv)
     known = [DENSE, *policy_names(), *([BEST] if arguments.study == "mass" else [])]
-    arguments.policies = known if arguments.policies is None else arguments.policies.split(",")
-    if unknown := [name for name in arguments.policies if name not in known]:
-        parser.error(f"expected --policies among {', '.join(known)}, got {', '.join(unknown)}")
+    arguments.policies = names_among(parser, "--policies", arguments.policies, known)
     try:
         arguments.budgets, arguments.shard = parse_shares(arguments.budgets), parse_shard(arguments.shard)
         check_positive(length=arguments.length, samples=arguments.samples, batch=arguments.batch)

@@ -29,7 +29,7 @@ from flax import nnx
 from jax import lax
 
 import dyninf
-from bench.names import wanted_names
+from bench.names import names_among
 from dyninf import Plan, depth, models
 from dyninf.attention import attend_cached
 from dyninf.cache import LayerCache
@@ -64,12 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (arguments.study == "batch") != (arguments.depths is not None):
         parser.error("expected --depths FILE with --study batch, and only there; make it with bench/record.py")
     config, batches = shapes()[arguments.shape], [int(batch) for batch in arguments.batch.split(",")]
-    study = functools.partial(STUDIES[arguments.study], config.num_layers, arguments.depths)
+    study = functools.partial(STUDIES[arguments.study], config.num_layers, arguments)
     try:
         programs = {stacked: [(n, *one) for n in batches for one in study(stacked, n)] for stacked in (False, True)}
     except (OSError, ValueError) as fault:
         parser.error(str(fault))
-    only = wanted_names(parser, arguments.only, (name for found in programs.values() for _, name, *_ in found))
+    known = dict.fromkeys(name for found in programs.values() for _, name, *_ in found)
+    only = names_among(parser, "--only", arguments.only, known)
     dense = {}
     for stacked, found in programs.items():
         wanted = [program for program in found if program[1] in only]
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 Program = tuple[str, Plan, Callable]  # name, plan, function that decodes the given tokens
 
 
-def depth_programs(num_layers: int, depths: None, stacked: bool, batch: int) -> list[Program]:
+def depth_programs(num_layers: int, arguments: Any, stacked: bool, batch: int) -> list[Program]:
     """Return dense, data-dependent and naive programs over a list of layers, or over stacked ones."""
     kept = {share: max(1, num_layers // parts) for share, parts in SHARES.items()}
     recorded = {share: Plan(depth=depth.Recorded(depths=jnp.array([count]))) for share, count in kept.items()}
@@ -113,7 +114,7 @@ def depth_programs(num_layers: int, depths: None, stacked: bool, batch: int) -> 
     return found
 
 
-def decision_programs(num_layers: int, depths: None, stacked: bool, batch: int) -> list[Program]:
+def decision_programs(num_layers: int, arguments: Any, stacked: bool, batch: int) -> list[Program]:
     """Return every rule, asked at seven layers and never leaving, beside none; ``none`` compares integers only."""
     rules = {
         "none": depth.Recorded(depths=jnp.array([num_layers])),
@@ -135,12 +136,12 @@ def decision_programs(num_layers: int, depths: None, stacked: bool, batch: int) 
     ]
 
 
-def batch_programs(num_layers: int, depths: Path, stacked: bool, batch: int) -> list[Program]:
+def batch_programs(num_layers: int, arguments: Any, stacked: bool, batch: int) -> list[Program]:
     """Return every way to run sequences that leave at depths of their own.
 
     Recorded depths are shares of their model's layers; the plans ask at every eighth of the depth.
     """
-    rule = recorded_depths(depths, num_layers, batch)
+    rule = recorded_depths(arguments.depths, num_layers, batch)
     plan = Plan(depth=rule)
     if stacked:
         return [("dense_indexed", Plan(), decode_steps), ("indexed", plan, decode_steps)]

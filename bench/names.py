@@ -1,15 +1,13 @@
-"""The programs that a command line names."""
+"""Names that a command line lists."""
 
 import argparse
 from collections.abc import Iterable
 
 
-def wanted_names(parser: argparse.ArgumentParser, only: str | None, known: Iterable[str]) -> set[str]:
-    """Return the names in ``only``, which commas separate, or all that there are; end with an error if one is not."""
-    known = set(known)
-    wanted = known if only is None else set(only.split(","))
-    if wanted - known:
-        parser.error(
-            f"expected --only with some of {', '.join(sorted(known))}; got {', '.join(sorted(wanted - known))}"
-        )
-    return wanted
+def names_among(parser: argparse.ArgumentParser, option: str, text: str | None, known: Iterable[str]) -> list[str]:
+    """Return the names that commas separate, without a text all that there are; end with an error if one is not."""
+    known = list(known)
+    names = known if text is None else text.split(",")
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"expected {option} among {', '.join(known)}, got {', '.join(unknown)}")
+    return names

@@ -20,6 +20,7 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the memory
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from bench.names import names_among
 from bench.official_code import choose_together, load_flexprefill, load_minference, load_xattention
 from bench.official_rows import Case, clock, going_on, say
 
@@ -220,9 +221,7 @@ def main() -> int:
     parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too")
     parser.set_defaults(heads=32, kv_heads=8, head_dim=128, dtype="bfloat16")
     arguments = parser.parse_args()
-    wanted = list(PEERS) if arguments.only is None else arguments.only.split(",")
-    if unknown := set(wanted) - set(PEERS):
-        parser.error(f"--only: no {', '.join(sorted(unknown))} among {', '.join(PEERS)}")
+    wanted = names_among(parser, "--only", arguments.only, PEERS)
     faulthandler.dump_traceback_later(arguments.limit, exit=True)
     import torch
 

@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
-from bench.names import wanted_names
+from bench.names import names_among
 from bench.prompt_inputs import BLOCK, planted_inputs, random_index, random_inputs
 from dyninf import sparsity
 from dyninf.cli.bench import describe_device, write_row
@@ -50,6 +50,11 @@ POLICIES = {
     "zip_vl": lambda blocks: sparsity.ZipVL(budget=128),
     "flex_prefill": lambda blocks: sparsity.FlexPrefill(budget=min(blocks, 256)),
     "x_attention": lambda blocks: sparsity.XAttention(budget=min(blocks, 256)),
+}
+NAMES = {  # of the programs of each study
+    "dense": ("mosaic_gpu", "cudnn"),
+    **dict.fromkeys(("blocks", "a_shape"), ("mosaic_gpu",)),
+    "policies": tuple(f"{name}_{part}" for name in POLICIES for part in ("select", "attend")),
 }
 
 
@@ -89,9 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {name: getattr(arguments, name) for name in ("heads", "kv_heads", "head_dim", "dtype")}
     if arguments.torch:
         return _time_torch(arguments, cases, settings)
-    programs = [program for case in cases for program in STUDIES[arguments.study](case, arguments)]
-    only = wanted_names(parser, arguments.only, (program.name for program in programs))
-    programs = [program for program in programs if program.name in only]
+    only = arguments.only = names_among(parser, "--only", arguments.only, NAMES[arguments.study])
+    programs = [one for case in cases for one in STUDIES[arguments.study](case, arguments) if one.name in only]
     with ThreadPoolExecutor(8) as pool:
         compiled = list(pool.map(_compile, programs))
     for program, run in zip(programs, compiled, strict=True):
@@ -134,7 +138,7 @@ def dense_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
     flops, facts = dense_flops(case[0], arguments), {}
     ways = {
         name: lambda q, k, v, name=name: prefill_attention(q, k, v, None, implementation=name)
-        for name in ("mosaic_gpu", "cudnn")
+        for name in NAMES["dense"]
     }
     if case[0] >= LONG:
         first = case[0] - SLICE
@@ -181,9 +185,8 @@ def policy_programs(case: tuple[int, ...], arguments: Any) -> list[Program]:
     causal = arguments.heads * blocks * (blocks + 1) / 2
     programs = []
     dense = jax.jit(prefill_attention)(q, k, v, None) if case[0] < LONG else None
-    wanted = None if arguments.only is None else arguments.only.split(",")
     for name, make in POLICIES.items():
-        if wanted is not None and not {f"{name}_select", f"{name}_attend"} & set(wanted):
+        if not {f"{name}_select", f"{name}_attend"} & set(arguments.only):
             continue
         policy = make(blocks)
         select = lambda q, k, policy=policy: policy.select(observe(q, k))  # noqa: E731

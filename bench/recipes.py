@@ -23,11 +23,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import dyninf
+from bench.names import names_among
 from dyninf import depth, models
 from dyninf.cli.bench import describe_run, write_row
 from dyninf.cli.common import DTYPES, default_dtype
@@ -59,20 +62,18 @@ def main() -> int:
     parser.add_argument("--set", metavar="PATH=VALUE", dest="changes", action="append", default=[], help="as for train")
     parser.add_argument("--steps", type=int, default=100, help="steps of each variant, in all (default: 100)")
     parser.add_argument("--heads", type=float, default=0.25, help="share of them that frozen and jei train exits for")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="separated by commas (default: all)")
+    parser.add_argument("--variants", help="separated by commas (default: all)")
     parser.add_argument("--prices", default=PRICES, help=f"of all layers, for jei; separated by commas ({PRICES})")
     parser.add_argument("--windows", type=int, default=32, help="held-out windows of the recipe's length to read")
     parser.add_argument("--thresholds", default=THRESHOLDS, help=f"separated by commas (default: {THRESHOLDS})")
     parser.add_argument("--work", type=Path, help="where runs are kept; again, they go on (default: nowhere)")
     parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too")
     arguments = parser.parse_args()
-    variants = arguments.variants.split(",")
+    variants = names_among(parser, "--variants", arguments.variants, VARIANTS)
     try:
         prices = [float(price) for price in arguments.prices.split(",")]
     except ValueError:
         parser.error(f"expected --prices as numbers separated by commas, got {arguments.prices!r}")
-    if unknown := sorted(set(variants) - set(VARIANTS)):
-        parser.error(f"expected --variants among {', '.join(VARIANTS)}, got {', '.join(unknown)}")
     if not 0 < round(arguments.heads * arguments.steps) < arguments.steps:
         parser.error(f"expected --heads to leave steps on both sides of --steps={arguments.steps}")
     if missing := [name for name in FILES if not (arguments.data / name).is_file()]:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as kernels
-from bench.names import wanted_names
+from bench.names import names_among
 from dyninf.cli.bench import describe_device, write_row
 from dyninf.timing import measure
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case = tuple(map(int, text.split("x")))
         programs = STUDIES[arguments.study](case, arguments)
         programs = [program for program in programs if program[0].startswith("torch") == arguments.torch]
-        only = wanted_names(parser, arguments.only, (name for name, *_ in programs))
+        only = names_among(parser, "--only", arguments.only, (name for name, *_ in programs))
         wanted = [program for program in programs if program[0] in only]
         time_programs(wanted, f"selection_{arguments.study}", case, _settings(arguments), arguments.jsonl)
     return 0

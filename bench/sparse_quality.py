@@ -26,6 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import jax
 
 import dyninf
+from bench.names import names_among
 from bench.resume import parse_shard, parse_shares, read_keys, row_key
 from bench.sparse_budgets import policy_names, with_budget
 from bench.sparse_studies import PLANTED, prepare_mass, prepare_tasks
@@ -147,9 +148,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jsonl", type=Path, help="append the rows to this file, too; go on where it ends")
     arguments = parser.parse_args(argv)
     known = [DENSE, *policy_names()]
-    arguments.policies = known if arguments.policies is None else arguments.policies.split(",")
-    if unknown := [name for name in arguments.policies if name not in known]:
-        parser.error(f"expected --policies among {', '.join(known)}, got {', '.join(unknown)}")
+    arguments.policies = names_among(parser, "--policies", arguments.policies, known)
     sizes = {name: getattr(arguments, name) for name in ("length", "block_size", "samples", "batch")}
     try:
         arguments.budgets, arguments.shard = parse_shares(arguments.budgets), parse_shard(arguments.shard)

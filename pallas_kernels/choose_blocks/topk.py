@@ -23,7 +23,7 @@ def choose_blocks(scores_BNRC, mass, offset, *, block_size, budget, sinks, recen
     """See :func:`pallas_kernels.choose_blocks.choose_blocks`; ``implementation`` is that of the pages."""
     batch, heads, rows, blocks = scores_BNRC.shape
     entries = min(budget, blocks)
-    first, last = min(sinks, entries), min(recent, entries - min(sinks, entries))  # of a prompt of fewer blocks, all
+    first = min(sinks, entries)  # of a prompt of fewer blocks than are forced, all
     last_R = jnp.minimum((offset + (jnp.arange(rows) + 1) * block_size - 1) // block_size, blocks - 1)
     pages = topk_pages(
         scores_BNRC.reshape(-1, 1, blocks),
@@ -31,7 +31,7 @@ def choose_blocks(scores_BNRC, mass, offset, *, block_size, budget, sinks, recen
         k=entries,
         page_size=block_size,
         sinks=first,
-        recent=last,
+        recent=min(recent, entries - first),
         implementation=implementation,
     )
     counts_BNR = pages.counts.reshape(batch, heads, rows)

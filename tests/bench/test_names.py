@@ -11,6 +11,7 @@ from bench import depth, prefill, selection
         (depth, ["--steps", "3"], "dense_list"),
         (depth, ["--study", "decisions"], "indexed_none"),
         (prefill, ["--study", "dense", "--case", "256"], "cudnn"),
+        (prefill, ["--study", "policies"], "zip_vl_attend"),
         (selection, ["--study", "topk", "--case", "8x64x8"], "lax_top_k"),
         (selection, ["--study", "topk", "--case", "8x64x8", "--torch"], "torch_topk"),
     ],
