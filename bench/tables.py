@@ -78,19 +78,19 @@ def depth_table(name: str) -> str:
 
 
 def decisions_table() -> str:
-    """Return what it costs to ask each rule, against the kernel of the same commit that is never asked."""
+    """Return what it costs to ask each rule, against the same layers, driver and commit without one."""
     found = read_rows("decisions_h200")
-    never = {row["commit"]: row for row in found if row["program"] == "dense_indexed"}
-    rows = [row for row in found if row["program"] not in ("dense_list", "dense_indexed")]
+    never = {(row["commit"], row["program"]): row for row in found if row["program"].startswith("dense_")}
+    rows = [row for row in found if not row["program"].startswith("dense_")]
     asked = 7
     lines = []
     for row in rows:
-        dense = never[row["commit"]]
+        driver, rule = row["program"].split("_", 1)
+        dense = never[row["commit"], "dense_indexed" if driver == "indexed" else "dense_list"]
         cost, layer = (row["median_ms"] - dense["median_ms"]) / asked, dense["median_ms"] / dense["layers_run"]
-        rule = row["program"].removeprefix("indexed_")
         times = (f"{one['median_ms']:.2f}" for one in (row, dense))
-        lines.append([rule, *times, f"{1000 * cost:.0f}", f"{100 * cost / layer:.0f} %"])
-    head = ["rule", "ms/step", "not asked", "us a question", "of a layer"]
+        lines.append([rule, f"`{driver}`", *times, f"{1000 * cost:.0f}", f"{100 * cost / layer:.0f} %"])
+    head = ["rule", "driver", "ms/step", "not asked", "us a question", "of a layer"]
     note = (
         f"\nAsked before {asked} of {rows[0]['layers_run']:.0f} layers, never leaving; Llama-3-8B shape, batch 1, "
         f"{rows[0]['device']}, jax {rows[0]['jax']}, {commits(rows)}.\n"
