@@ -40,6 +40,7 @@ class LayerRun:
         attend: builds the ``attend`` function of a layer.
         unembed: logits of a state.
         readout: what the logits of a state say, without the logits.
+        token_logits: logits of a state for some tokens.
         propagate: whether tokens store the projection of their last state for layers that they do not run.
         evict: what the caches keep.
         select: what a step reads of them.
@@ -52,6 +53,7 @@ class LayerRun:
     attend: LayerAttend
     unembed: Callable[[jax.Array], jax.Array]
     readout: Callable[[jax.Array], Readout]
+    token_logits: Callable[[jax.Array, jax.Array], jax.Array]
     propagate: bool
     evict: TopK | KeepAll = KeepAll()
     select: TopK | ReadAll = ReadAll()
@@ -116,6 +118,7 @@ def observe(run: LayerRun, num_layers: int, layer: int | jax.Array, x_BTD: jax.A
         step_BT=run.step_BT,
         logits=lambda: run.unembed(x_BTD),
         readout=lambda: run.readout(x_BTD),
+        token_logits=lambda ids_BTM: run.token_logits(x_BTD, ids_BTM),
     )
 
 

@@ -3,8 +3,9 @@
 Any pytree with these members runs under a plan, whatever library wrote it. A layer computes q, k and v and hands them
 to the ``attend`` function it was given; cache, selection and kernels live behind that call. A model may also define
 ``readout(x_BTD)``, which returns a :class:`pallas_kernels.readout.Readout` of its logits ``[B, T]`` without the logits;
-exits that ask for a probability or a token then use it. And it may define ``lay_out(cache)``, which returns an empty
-cache as the model wants it to lie on its devices.
+exits that ask for a probability or a token then use it. ``token_logits(x_BTD, tokens_BTM)`` returns its logits of some
+tokens only, ``[B, T, M]``; exits that watch a few use it. And ``lay_out(cache)`` returns an empty cache as the model
+wants it to lie on its devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,6 +76,12 @@ def readout_of(model: CausalLM) -> Callable[[jax.Array], Readout]:
     """Return the function that reads states ``[B, T, D]`` out: the model's own, or one made from its logits."""
     own = getattr(model, "readout", None)
     return (lambda x_BTD: read_logits(model.unembed(x_BTD))) if own is None else own
+
+
+def token_logits_of(model: CausalLM) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return the function of states and tokens that returns their logits: the model's own, or one that makes all."""
+    own = getattr(model, "token_logits", None)
+    return (lambda x_BTD, ids_BTM: jnp.take_along_axis(model.unembed(x_BTD), ids_BTM, -1)) if own is None else own
 
 
 def lay_out(model: CausalLM, cache: Any) -> Any:

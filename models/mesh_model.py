@@ -129,6 +129,12 @@ class MeshModel:
         readout = getattr(self.model, "readout", None)
         return None if readout is None else _kernels(self.where)(readout)
 
+    @property
+    def token_logits(self) -> Callable | None:
+        """The logits of a few tokens, if the model knows them without all others."""
+        token_logits = getattr(self.model, "token_logits", None)
+        return None if token_logits is None else _kernels(self.where)(token_logits)
+
     def lay_out(self, cache: Any) -> Any:
         """Return an empty cache split by batch and heads, layers that no token will run included."""
         return constrain_cache(cache, self.where)

@@ -17,6 +17,9 @@ from pallas_kernels.norms import rms_norm
 from pallas_kernels.partition import take_rows
 from pallas_kernels.readout import Readout, exit_readout
 
+# A column of an untied vocabulary matrix is a slice of its own; for more of them all logits are computed.
+MOST_COLUMNS = 64
+
 
 class Transformer(nnx.Module):
     """Embedding, decoder layers, final norm and vocabulary projection.
@@ -49,6 +52,21 @@ class Transformer(nnx.Module):
         else:
             spec, weights = "BTD,DV->BTV", self.unembedding[...]
         return jnp.einsum(spec, x_BTD, weights, preferred_element_type=jnp.float32)
+
+    def token_logits(self, x_BTD: jax.Array, tokens_BTM: jax.Array) -> jax.Array:
+        """Return what :meth:`unembed` does of a few tokens only, float32 ``[B, T, M]``.
+
+        Reads their vectors of the vocabulary matrix; all of it where more than 64 are columns of an untied one.
+        """
+        batch, length, num_tokens = tokens_BTM.shape
+        tied = self.unembedding is None
+        if not tied and tokens_BTM.size > MOST_COLUMNS:
+            return jnp.take_along_axis(self.unembed(x_BTD), tokens_BTM, axis=-1)
+        table = self.embedding[...] if tied else self.unembedding[...]
+        rows_BND = take_rows(table, tokens_BTM.reshape(batch, length * num_tokens), axis=0 if tied else 1)
+        x_BTD = rms_norm(x_BTD, self.norm_final[...], self.config.norm_eps)
+        rows_BTMD = rows_BND.reshape(batch, length, num_tokens, -1)
+        return jnp.einsum("BTD,BTMD->BTM", x_BTD, rows_BTMD, preferred_element_type=jnp.float32)
 
     def readout(self, x_BTD: jax.Array) -> Readout:
         """Return what the logits of the states of any layer say ``[B, T]``, which a kernel does without the logits."""

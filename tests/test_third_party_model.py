@@ -11,6 +11,7 @@ from flax import nnx
 
 import dyninf
 from dyninf.depth import Confidence, UnifiedSkip
+from dyninf.model import token_logits_of
 
 
 # --- snippet: the model
@@ -118,6 +119,12 @@ def test_an_exit_plan_with_a_full_budget_is_dense(theirs, fill):
     np.testing.assert_array_equal(full.tokens, dense.tokens)
     np.testing.assert_array_equal(full.stats.needed, dense.stats.needed)
     assert saving.stats.needed.min() < 4
+
+
+def test_logits_of_a_few_tokens_are_taken_from_all(theirs, rng):
+    x_BTD, ids_BTM = jnp.asarray(rng.normal(size=(2, 3, 24)), jnp.float32), jnp.asarray(rng.integers(0, 61, (2, 3, 4)))
+    want = np.take_along_axis(np.asarray(theirs.unembed(x_BTD)), np.asarray(ids_BTM), axis=-1)
+    np.testing.assert_array_equal(token_logits_of(theirs)(x_BTD, ids_BTM), want)
 
 
 # Read and written as in the test above, whatever the model is made of.

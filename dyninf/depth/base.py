@@ -34,6 +34,8 @@ class LayerObs:
         logits: call it for the logits ``[B, T, V]`` of ``x_BTD``; costs a pass over the vocabulary matrix.
         readout: call it for what the logits say ``[B, T]`` without the logits, which a model may do faster than by
             computing them; made from ``logits`` unless given.
+        token_logits: call it with token ids ``[B, T, M]`` for their logits alone, which a model may do without the
+            others; taken from ``logits`` unless given.
     """
 
     layer: int | jax.Array
@@ -45,11 +47,14 @@ class LayerObs:
     logits: Callable[[], jax.Array]
     asked: tuple[int, ...] | None = None
     readout: Callable[[], Readout] | None = None
+    token_logits: Callable[[jax.Array], jax.Array] | None = None
 
     def __post_init__(self):
+        logits = self.logits
         if self.readout is None:
-            logits = self.logits
             object.__setattr__(self, "readout", lambda: read_logits(logits()))
+        if self.token_logits is None:
+            object.__setattr__(self, "token_logits", lambda ids_BTM: jnp.take_along_axis(logits(), ids_BTM, axis=-1))
 
 
 class DepthPolicy:

@@ -20,13 +20,13 @@ class CandidateExit(DepthPolicy):
     probable token of the whole vocabulary is a candidate. Never exits, and is exact, at a threshold of 1; a prediction
     that is not a number never exits.
 
-    The idea is that logits of M tokens are cheaper than all V. That saving is absent here: a model offers the logits of
-    the whole vocabulary only, so that each decision costs a readout, as :class:`dyninf.depth.Confidence` does, and the
-    check against it is free. Ask at few layers (:func:`dyninf.depth.every`).
+    The first decision of a token reads the vocabulary matrix; a later one the M vectors of the candidates, and the
+    whole matrix only if the network proposes to exit for a sequence of the batch. A model without ``token_logits``
+    (:mod:`dyninf.model`) pays for all logits each time.
 
     Source: SpecEE (Xu et al. 2025); features, network and check are those of its released code, which exits above one
-    half. Differences: SpecEE takes its candidates from a separate draft model and reads only their columns of the
-    vocabulary matrix; its scheduling of which layers have a predictor is left to the combinators. It needs trained
+    half. Differences: SpecEE takes its candidates from a separate draft model, so that no layer costs a pass over the
+    vocabulary; its scheduling of which layers have a predictor is left to the combinators. It needs trained
     weights: :func:`features` is what to train them on, "this layer's prediction is the last layer's" the label.
 
     Args:
@@ -70,15 +70,19 @@ class CandidateExit(DepthPolicy):
     def update(self, state: Any, obs: LayerObs) -> tuple[jax.Array, Any]:
         """Choose candidates at the first decision, look at them at every one."""
         ids_BTM, before_BTM = state
-        logits_BTV = obs.logits().astype(jnp.float32)
-        ids_BTM = jax.lax.cond(
-            obs.first, lambda: jax.lax.top_k(logits_BTV, self.num_candidates)[1].astype(jnp.int32), lambda: ids_BTM
+        ids_BTM, logits_BTM = jax.lax.cond(
+            obs.first,
+            lambda: _most_likely(obs.logits(), self.num_candidates),
+            lambda: (ids_BTM, obs.token_logits(ids_BTM).astype(jnp.float32)),
         )
-        logits_BTM = jnp.take_along_axis(logits_BTV, ids_BTM, axis=-1)
         probs_BTM = jax.nn.softmax(logits_BTM, axis=-1)
         before_BTM = jnp.where(obs.first, 0.0, before_BTM)
         likely_BT = self.predict(obs.layer, features(logits_BTM, before_BTM)) > self.threshold
-        known_BT = jnp.any(ids_BTM == jnp.argmax(logits_BTV, axis=-1)[:, :, None], axis=-1)
+        # The most probable token of the first decision is a candidate.
+        best_BT = jax.lax.cond(
+            jnp.any(likely_BT) & jnp.logical_not(obs.first), lambda: obs.readout().token, lambda: ids_BTM[:, :, 0]
+        )
+        known_BT = jnp.any(ids_BTM == best_BT[:, :, None], axis=-1)
         return jnp.where(likely_BT & known_BT, EXIT, RUN), (ids_BTM, probs_BTM)
 
     def predict(self, layer: int | jax.Array, features_BTF: jax.Array) -> jax.Array:
@@ -109,3 +113,8 @@ def features(logits_BTM: jax.Array, before_BTM: jax.Array) -> jax.Array:
     """Return what the predictor sees ``[B, T, 3 M]``: logits, probabilities, and their change since ``before``."""
     probs_BTM = jax.nn.softmax(logits_BTM, axis=-1)
     return jnp.concatenate([logits_BTM, probs_BTM, probs_BTM - before_BTM], axis=-1)
+
+
+def _most_likely(logits_BTV: jax.Array, num_candidates: int) -> tuple[jax.Array, jax.Array]:
+    logits_BTM, ids_BTM = jax.lax.top_k(logits_BTV.astype(jnp.float32), num_candidates)
+    return ids_BTM.astype(jnp.int32), logits_BTM

@@ -10,6 +10,7 @@ import pytest
 from dyninf import Plan, check
 from dyninf.depth import EXIT, RUN, CandidateExit, LayerObs
 from dyninf.depth.candidates import features
+from pallas_kernels.readout import read_logits
 
 NAN = float("nan")
 L, M, H = 6, 2, 1
@@ -55,6 +56,43 @@ def test_by_hand():
     assert decide(policy_of(threshold=0.5559), first, second)[0] == [RUN, RUN]
     # The same candidates, but token 1 is now the most probable of all: no candidate, no exit.
     assert decide(policy_of(), first, [3.0, 9.0, 1.0, -1.0])[0] == [RUN, RUN]
+
+
+def test_later_decisions_read_the_candidates_alone_until_the_network_proposes():
+    """What must not be read is not a number; the decisions are those of ``test_by_hand``."""
+    first, second, poison = ([2.0, 0.0, 1.0, -1.0], [3.0, 0.0, 1.0, -1.0], [NAN] * 4)
+    asked = []
+
+    def obs(number, *, logits, few, all_of_them):
+        def token_logits(ids_BTM):
+            asked.append(ids_BTM)
+            return jnp.take_along_axis(jnp.array([[few]]), ids_BTM, axis=-1)
+
+        return LayerObs(
+            layer=number,
+            num_layers=L,
+            first=number == 1,
+            x_BTD=None,
+            prev_BTD=None,
+            step_BT=jnp.zeros((1, 1), jnp.int32),
+            logits=lambda: jnp.array([[logits]]),
+            readout=lambda: read_logits(jnp.array([[all_of_them]])),
+            token_logits=token_logits,
+        )
+
+    def answers(threshold, best):
+        policy = policy_of(threshold=threshold)
+        action, state = policy.update(policy.init((1, 1)), obs(1, logits=first, few=poison, all_of_them=poison))
+        assert action.tolist() == [[RUN]]
+        action, (ids, probs) = policy.update(state, obs(2, logits=poison, few=second, all_of_them=best))
+        assert ids.tolist() == [[[0, 2]]] and np.isfinite(probs).all()
+        return action.tolist()
+
+    assert answers(0.5, second) == [[EXIT]]
+    assert answers(0.5, [3.0, 9.0, 1.0, -1.0]) == [[RUN]]
+    assert answers(0.5559, poison) == [[RUN]]
+    assert answers(0.5, poison) == [[RUN]], "the check of a proposal reads everything"
+    assert asked[-1].shape == (1, 1, M)
 
 
 def test_the_token_before_leaves_no_trace():

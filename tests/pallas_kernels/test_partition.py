@@ -180,17 +180,19 @@ def test_kernels_of_whole_layers_say_that_they_run_on_one_device(monkeypatch, ca
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows"), [((1, 1), 24), ((4, 6), 24), ((2, 3), 22)], ids=["one", "many", "undivided"]
+    ("tokens", "rows", "axis"),
+    [((1, 1), 24, 0), ((4, 6), 24, 0), ((2, 3), 22, 0), ((4, 6), 24, 1), ((2, 3), 22, 1)],
+    ids=["one", "many", "undivided", "columns", "undivided_columns"],
 )
-def test_devices_take_their_rows_of_an_embedding_and_send_no_table(rng, tokens, rows):
+def test_devices_take_their_rows_of_an_embedding_and_send_no_table(rng, tokens, rows, axis):
     table, tokens = normal(rng, rows, 5), jnp.asarray(rng.integers(0, rows, tokens), jnp.int32)
-    mesh = mesh_of(jax.devices())
-    split = NamedSharding(mesh, PartitionSpec("tensor" if rows % 4 == 0 else None))
+    want, table, mesh = table[tokens], table.T if axis else table, mesh_of(jax.devices())
+    split = NamedSharding(mesh, PartitionSpec(*(None,) * axis, "tensor" if rows % 4 == 0 else None))
 
     def run(table, tokens):
         with partitioned(mesh, batch=("data",), vocab=("tensor",)):
-            return take_rows(table, tokens)
+            return take_rows(table, tokens, axis=axis)
 
     compiled = jax.jit(run).lower(jax.device_put(table, split), tokens).compile()
-    np.testing.assert_array_equal(compiled(jax.device_put(table, split), tokens), table[tokens])
+    np.testing.assert_array_equal(compiled(jax.device_put(table, split), tokens), want)
     assert set(COLLECTIVE.findall(compiled.as_text())) == (set() if rows % 4 else {"all-reduce"})
