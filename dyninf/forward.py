@@ -20,7 +20,7 @@ from dyninf.depth_loop import Driver, check_driver, run_layers, run_static
 from dyninf.generate import advance_step, prefill
 from dyninf.kv.base import KeepAll, ReadAll
 from dyninf.layer_run import LayerRun
-from dyninf.model import CausalLM, readout_of, token_logits_of
+from dyninf.model import CausalLM
 from dyninf.plan import Plan, catches_up, check, leaves_gaps, propagates
 from dyninf.prompt_run import run_prompt
 from dyninf.pytree import pytree
@@ -98,9 +98,7 @@ def forward(
         attend=attend_uncached(
             lengths, keep_inactive=not leaves_gaps(plan), prompt_lengths_B=prompt_lengths, sparsity=plan.sparsity
         ),
-        unembed=model.unembed,
-        readout=readout_of(model),
-        token_logits=token_logits_of(model),
+        model=model,
         propagate=propagates(plan),
     )
     x_BTD, caches = model.embed(tokens), (None,) * num_layers

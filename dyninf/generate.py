@@ -26,7 +26,7 @@ from dyninf.kv.base import KeepAll, ReadAll
 from dyninf.kv.pages import mean_left_out, mean_read
 from dyninf.kv.top_k import TopK
 from dyninf.layer_run import LayerRun
-from dyninf.model import CausalLM, readout_of, token_logits_of
+from dyninf.model import CausalLM
 from dyninf.plan import Plan, catches_up, check, propagates
 from dyninf.prompt_run import check_chunk, padded_length, run_prompt
 from dyninf.prompts import PAD, check_key, check_prompts, stop_matrix
@@ -137,9 +137,7 @@ def advance_step(
         live_BT=live_BT,
         governed_BT=live_BT,
         attend=attend_cached(positions_BT, live_BT, plan.evict, plan.select, write_inactive=propagates(plan)),
-        unembed=model.unembed,
-        readout=readout_of(model),
-        token_logits=token_logits_of(model),
+        model=model,
         propagate=propagates(plan),
         evict=plan.evict,
         select=plan.select,

@@ -18,9 +18,8 @@ from dyninf.depth.base import EXIT, SKIP, DepthPolicy, LayerObs, consult
 from dyninf.kv.base import KeepAll, ReadAll
 from dyninf.kv.choice import lend
 from dyninf.kv.top_k import TopK
-from dyninf.model import DecoderLayer
+from dyninf.model import CausalLM, DecoderLayer, readout_of, token_logits_of
 from dyninf.pytree import pytree
-from pallas_kernels.readout import Readout
 
 Caches = tuple[LayerCache | None, ...]
 # span(start, stop, x_BTD, active_BT, caches of these layers, carry) -> (x_BTD, state that entered the last of them,
@@ -38,9 +37,7 @@ class LayerRun:
         live_BT: tokens that exist; the others decide nothing and keep their state.
         governed_BT: tokens the policy decides for; other live tokens run every layer.
         attend: builds the ``attend`` function of a layer.
-        unembed: logits of a state.
-        readout: what the logits of a state say, without the logits.
-        token_logits: logits of a state for some tokens.
+        model: what reads states out.
         propagate: whether tokens store the projection of their last state for layers that they do not run.
         evict: what the caches keep.
         select: what a step reads of them.
@@ -51,9 +48,7 @@ class LayerRun:
     live_BT: jax.Array
     governed_BT: jax.Array
     attend: LayerAttend
-    unembed: Callable[[jax.Array], jax.Array]
-    readout: Callable[[jax.Array], Readout]
-    token_logits: Callable[[jax.Array, jax.Array], jax.Array]
+    model: CausalLM
     propagate: bool
     evict: TopK | KeepAll = KeepAll()
     select: TopK | ReadAll = ReadAll()
@@ -116,9 +111,9 @@ def observe(run: LayerRun, num_layers: int, layer: int | jax.Array, x_BTD: jax.A
         x_BTD=x_BTD,
         prev_BTD=prev_BTD,
         step_BT=run.step_BT,
-        logits=lambda: run.unembed(x_BTD),
-        readout=lambda: run.readout(x_BTD),
-        token_logits=lambda ids_BTM: run.token_logits(x_BTD, ids_BTM),
+        logits=lambda: run.model.unembed(x_BTD),
+        readout=lambda: readout_of(run.model)(x_BTD),
+        token_logits=lambda ids_BTM: token_logits_of(run.model)(x_BTD, ids_BTM),
     )
 
 

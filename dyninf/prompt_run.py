@@ -19,7 +19,7 @@ from dyninf.depth_loop import run_static
 from dyninf.kv.base import KeepAll
 from dyninf.kv.pages import arranges, summarize_prompt
 from dyninf.layer_run import LayerRun, LayersOut
-from dyninf.model import Attend, CausalLM, readout_of, token_logits_of
+from dyninf.model import Attend, CausalLM
 from dyninf.own_cache import OwnCache
 from dyninf.plan import Plan, propagates
 from dyninf.revival import Dropped, put_states
@@ -165,9 +165,7 @@ def _run(model, x_BTD, positions_BT, live_BT, plan, caches, attend, span=None) -
         live_BT=live_BT,
         governed_BT=jnp.zeros(shape, bool),
         attend=attend,
-        unembed=model.unembed,
-        readout=readout_of(model),
-        token_logits=token_logits_of(model),
+        model=model,
         propagate=propagates(plan),
     )
     kept, depth = plan.depth.prefill_layers(num_layers), plan.depth.init(shape)

@@ -47,10 +47,8 @@ class Transformer(nnx.Module):
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
         """Return float32 logits ``[B, T, V]`` of the states of any layer: final norm, then the vocabulary product."""
         x_BTD = rms_norm(x_BTD, self.norm_final[...], self.config.norm_eps)
-        if self.unembedding is None:
-            spec, weights = "BTD,VD->BTV", self.embedding[...]
-        else:
-            spec, weights = "BTD,DV->BTV", self.unembedding[...]
+        weights, axis = self._vocabulary()
+        spec = ("BTD,VD->BTV", "BTD,DV->BTV")[axis]
         return jnp.einsum(spec, x_BTD, weights, preferred_element_type=jnp.float32)
 
     def token_logits(self, x_BTD: jax.Array, tokens_BTM: jax.Array) -> jax.Array:
@@ -59,11 +57,10 @@ class Transformer(nnx.Module):
         Reads their vectors of the vocabulary matrix; all of it where more than 64 are columns of an untied one.
         """
         batch, length, num_tokens = tokens_BTM.shape
-        tied = self.unembedding is None
-        if not tied and tokens_BTM.size > MOST_COLUMNS:
+        weights, axis = self._vocabulary()
+        if axis == 1 and tokens_BTM.size > MOST_COLUMNS:
             return jnp.take_along_axis(self.unembed(x_BTD), tokens_BTM, axis=-1)
-        table = self.embedding[...] if tied else self.unembedding[...]
-        rows_BND = take_rows(table, tokens_BTM.reshape(batch, length * num_tokens), axis=0 if tied else 1)
+        rows_BND = take_rows(weights, tokens_BTM.reshape(batch, length * num_tokens), axis=axis)
         x_BTD = rms_norm(x_BTD, self.norm_final[...], self.config.norm_eps)
         rows_BTMD = rows_BND.reshape(batch, length, num_tokens, -1)
         return jnp.einsum("BTD,BTMD->BTM", x_BTD, rows_BTMD, preferred_element_type=jnp.float32)
@@ -71,15 +68,14 @@ class Transformer(nnx.Module):
     def readout(self, x_BTD: jax.Array) -> Readout:
         """Return what the logits of the states of any layer say ``[B, T]``, which a kernel does without the logits."""
         batch, length, d_model = x_BTD.shape
-        tied = self.unembedding is None
-        out = exit_readout(
-            x_BTD.reshape(batch * length, d_model),
-            self.norm_final[...],
-            self.embedding[...] if tied else self.unembedding[...],
-            eps=self.config.norm_eps,
-            transposed=not tied,
-        )
+        weights, axis = self._vocabulary()
+        rows_ND, scale_D = x_BTD.reshape(batch * length, d_model), self.norm_final[...]
+        out = exit_readout(rows_ND, scale_D, weights, eps=self.config.norm_eps, transposed=axis == 1)
         return jax.tree.map(lambda leaf: leaf.reshape(batch, length), out)
+
+    def _vocabulary(self) -> tuple[jax.Array, int]:
+        """Return the vocabulary matrix, ``[V, D]`` if it is the embedding and else ``[D, V]``, and the axis of V."""
+        return (self.embedding[...], 0) if self.unembedding is None else (self.unembedding[...], 1)
 
 
 def stack_layers(model: Transformer) -> Transformer:
